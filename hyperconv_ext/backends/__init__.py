@@ -1,0 +1,37 @@
+"""The engines, and the machine they run on.
+
+A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, reason)`,
+`configure(problem, algorithm) -> Tile | None`, and one function per operator in `problem.OPS`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from ..problem import Device
+from . import composite
+from . import triton as triton_backend
+
+# In order of preference; `reference` is the oracle and never chosen, only named.
+BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "composite": composite}
+
+
+def describe(device: torch.device) -> Device:
+    """The facts about `device` that planning needs."""
+    if device.type != "cuda":
+        return Device(device.type)
+    return _describe_cuda(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _describe_cuda(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        kind="cuda",
+        capability=properties.major * 10 + properties.minor,
+        processors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,
+    )

@@ -1,0 +1,104 @@
+"""z = R shared depthwise convolutions, then one GEMM, by library calls: any device, any dtype, no W.
+
+z is R times the input and does travel through memory here; the fused backends exist to avoid that.
+"""
+
+from __future__ import annotations
+
+
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..layout import conform
+from ..problem import Plan, Problem
+from .library import convolution, convolution_input_gradient, convolution_weight_gradient
+
+ALGORITHMS = ("composite",)
+# Seconds no fused estimate reaches: library calls are chosen when nothing fused can run.
+LAST_RESORT = 1e9
+
+
+def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
+    """Whether this backend takes `problem`, and why not. Library calls take everything."""
+    return True, ""
+
+
+def configure(problem: Problem, algorithm: str) -> tuple[None, float]:
+    """No tile to choose, and the cost of last resort: taken when no fused backend can run."""
+    return None, LAST_RESORT
+
+
+def _pointwise(geometry: Geometry) -> Geometry:
+    """The 1x1 convolution over the output grid that multiplies z by the coefficients."""
+    ones = (1,) * geometry.dims
+    zeros = (0,) * geometry.dims
+    grid = geometry.output_size
+    return Geometry(grid, grid, ones, ones, zeros, ones, geometry.groups)
+
+
+def _planes(input: Tensor, geometry: Geometry) -> Tensor:
+    """`[B, C_in, *S]` -> `[B * C_in, 1, *S]`: every channel meets the same R kernels."""
+    return input.reshape(-1, 1, *geometry.input_size)
+
+
+def _filters(basis: Tensor, like: Tensor) -> Tensor:
+    """phi as R one-channel filters `[R, 1, *kernel]` in the dtype of `like`."""
+    return basis.unsqueeze(1).to(like.dtype)
+
+
+def _responses(input: Tensor, basis: Tensor, geometry: Geometry) -> Tensor:
+    """z: `[B, C_in * R, *S']`, channel-major."""
+    batch, channels = input.shape[:2]
+    z = convolution(_planes(input, geometry), _filters(basis, input), None, geometry, 1)
+    return z.reshape(batch, channels * basis.shape[0], *geometry.output_size)
+
+
+def _mixer(coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """A as the weight of the 1x1 convolution: `[C_out, C_in/groups * R, 1, ...]`."""
+    return coefficients.reshape(coefficients.shape[0], -1, *(1,) * geometry.dims)
+
+
+def _responses_gradient(grad: Tensor, coefficients: Tensor, geometry: Geometry) -> Tensor:
+    """u: the gradient of z, as `[B * C_in, R, *S']`."""
+    mixer = _mixer(coefficients, geometry)
+    u = convolution_input_gradient(grad, mixer, _pointwise(geometry), geometry.groups)
+    return u.reshape(-1, coefficients.shape[2], *geometry.output_size)
+
+
+def basis_conv_fwd(
+    plan: Plan, input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y `[B, C_out, *S']`."""
+    geometry = plan.problem.geometry
+    z = _responses(input, basis, geometry)
+    mixer = _mixer(coefficients, geometry)
+    output = convolution(z, mixer, bias, _pointwise(geometry), geometry.groups)
+    return conform(output, input)
+
+
+def basis_conv_bwd_input(plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+    """The gradient of x, `[B, C_in, *S]`."""
+    geometry = plan.problem.geometry
+    u = _responses_gradient(grad, coefficients, geometry)
+    gradient = convolution_input_gradient(u, _filters(basis, u), geometry, 1)
+    return conform(gradient.reshape(grad.shape[0], -1, *geometry.input_size), grad)
+
+
+def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+    """The gradient of A, `[C_out, C_in/groups, R]`."""
+    geometry = plan.problem.geometry
+    z = _responses(input, basis, geometry)
+    shape = (grad.shape[1], z.shape[1] // geometry.groups, *(1,) * geometry.dims)
+    gradient = convolution_weight_gradient(grad, z, shape, _pointwise(geometry), geometry.groups)
+    return gradient.reshape(grad.shape[1], -1, basis.shape[0])
+
+
+def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
+    """The gradient of phi, `[R, *kernel_size]`, in float32 at least."""
+    geometry = plan.problem.geometry
+    u = _responses_gradient(grad, coefficients, geometry)
+    shape = (coefficients.shape[2], 1, *geometry.kernel_size)
+    gradient = convolution_weight_gradient(u, _planes(input, geometry), shape, geometry, 1)
+    return gradient.squeeze(1).to(torch.promote_types(gradient.dtype, torch.float32))

@@ -1,0 +1,69 @@
+"""`aten::convolution` and its gradients for a `Geometry`, asymmetric padding included.
+
+The library-backed backends (`reference`, `composite`) are written with these three calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Geometry
+
+
+def _explicit_padding(geometry: Geometry) -> list[int]:
+    """`F.pad` argument (last axis first) after which the convolution needs no padding of its own."""
+    pairs = zip(geometry.padding, geometry.high_padding, strict=True)
+    return [p for pair in reversed(list(pairs)) for p in pair]
+
+
+def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
+    """What `aten::convolution` and its backward take after `bias`."""
+    padding = geometry.padding if geometry.symmetric else (0,) * geometry.dims
+    no_output_padding = [0] * geometry.dims
+    return geometry.stride, padding, geometry.dilation, False, no_output_padding, groups
+
+
+def convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+) -> Tensor:
+    """Cross-correlation `[B, C_in, *S]`, `[C_out, C_in/groups, *kernel]` -> `[B, C_out, *S']`."""
+    if not geometry.symmetric:
+        input = F.pad(input, _explicit_padding(geometry))
+    return torch.ops.aten.convolution(input, weight, bias, *_arguments(geometry, groups))
+
+
+def convolution_input_gradient(
+    grad: Tensor, weight: Tensor, geometry: Geometry, groups: int
+) -> Tensor:
+    """Gradient of `convolution` by its input: `[B, C_out, *S']` -> `[B, C_in, *S]`."""
+    size = geometry.input_size
+    if not geometry.symmetric:
+        pads = zip(size, geometry.padding, geometry.high_padding, strict=True)
+        size = tuple(n + low + high for n, low, high in pads)
+    input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *size)
+    gradient = _backward(grad, input, weight, geometry, groups, [True, False, False])[0]
+    if not geometry.symmetric:
+        gradient = F.pad(gradient, [-p for p in _explicit_padding(geometry)])
+    return gradient
+
+
+def convolution_weight_gradient(
+    grad: Tensor, input: Tensor, weight_shape: tuple[int, ...], geometry: Geometry, groups: int
+) -> Tensor:
+    """Gradient of `convolution` by its weight, of shape `weight_shape`."""
+    if not geometry.symmetric:
+        input = F.pad(input, _explicit_padding(geometry))
+    weight = grad.new_empty(1).expand(weight_shape)
+    return _backward(grad, input, weight, geometry, groups, [False, True, False])[1]
+
+
+def _backward(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, groups: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, None, *_arguments(geometry, groups), mask
+    )

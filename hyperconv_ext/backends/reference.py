@@ -1,0 +1,73 @@
+"""Build W, call the library convolution: the oracle, differentiable to any order by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Geometry
+from .library import convolution
+
+# The slope of the published hyper-networks' LeakyReLU (Ma et al., WACV 2022).
+LEAKY_SLOPE = 0.1
+
+
+def materialize_weight(coefficients: Tensor, basis: Tensor) -> Tensor:
+    """W[o, i, k] = sum_r A[o, i, r] phi_r(k).
+
+    Args:
+        coefficients: A, `[C_out, C_in/groups, R]`.
+        basis: phi, `[R, *kernel_size]`; converted to the dtype of `coefficients`.
+
+    Returns:
+        `[C_out, C_in/groups, *kernel_size]` in the dtype of `coefficients`.
+    """
+    return torch.tensordot(coefficients, basis.to(coefficients.dtype), dims=1)
+
+
+def basis_conv(
+    input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """`F.convNd(input, W, bias, ...)` with W built in memory; same signature as `ops.basis_conv`."""
+    weight = materialize_weight(coefficients, basis)
+    return convolution(input, weight, bias, geometry, geometry.groups)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": lambda h: F.leaky_relu(h, LEAKY_SLOPE),
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sine": torch.sin,
+}
+
+
+def coordinate_mlp(
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    constant: bool,
+) -> Tensor:
+    """phi of the coordinate MLP: linear layers, each followed by the activation.
+
+    Args:
+        coordinates: `[K, D]`.
+        weights: per layer `[features, previous features]`.
+        biases: per layer `[features]`.
+        activation: a key of `ACTIVATIONS`.
+        constant: append the constant function 1, the basis of the last layer's bias.
+
+    Returns:
+        `[R, K]`, R = N or N + 1, in float64 if the weights are, else in float32.
+    """
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    hidden = coordinates.to(dtype)
+    for weight, offset in zip(weights, biases, strict=True):
+        hidden = ACTIVATIONS[activation](F.linear(hidden, weight.to(dtype), offset.to(dtype)))
+    basis = hidden.T
+    return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis

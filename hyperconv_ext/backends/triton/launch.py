@@ -1,0 +1,302 @@
+"""From tensors and a plan to launches. The only file that knows the kernels' argument order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import new_activation
+from ...problem import Plan
+from .conv import basis_kernel, direct_kernel
+from .gradients import basis_gradient_kernel, coefficients_kernel
+from .lattice import Lattice, best_lattice
+from .prepare import prepare_kernel
+from .rows import HEADER
+from .tiles import PATCH_GRANULE, Tile, padded_patch, round_up, split_basis, split_coefficients
+
+_PACK = 32  # channels per side of the blocks in which coefficients are rearranged
+_BAND = 64  # patch positions per program that writes bands
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Every launch of this backend, in one place to be watched or compiled instead."""
+    kernel[(programs,)](*args, **options)
+
+
+def _strides(tensor: Tensor) -> tuple[tuple[int, int, int, int], int]:
+    """((batch, depth, height, width), channel) strides of `[B, C, *S]`, in elements."""
+    batch, channel, *spatial = tensor.stride()
+    return (batch, *(0,) * (3 - len(spatial)), *spatial), channel
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """What one `prepare` launch wrote: the row map, and what the kernel at hand needs beside it."""
+
+    rows: Tensor  # int32 [HEADER + 4 * phases]
+    table: Tensor  # int32 [3, patch_size]
+    patch_size: int
+    bands: Tensor | None  # [bands, R, positions, patch_size]
+    packed: Tensor | None  # [groups, R, in, out]; direct: [groups, in, out, padded R]
+
+
+def _prepare(
+    plan: Plan,
+    lattice: Lattice,
+    basis: Tensor | None,
+    coefficients: Tensor | None,
+    transposed: bool,
+    like: Tensor,
+) -> _Workspace:
+    """Launch `prepare_kernel`.
+
+    `transposed` swaps the coefficients' (in, out) channels; `like` gives dtype and device.
+    """
+    problem, tile = plan.problem, plan.tile
+    direct = tile.kernel == "direct"
+    rank, groups = problem.rank, problem.geometry.groups
+    patch_size = padded_patch(lattice, tile)
+    band_block = _BAND if patch_size % _BAND == 0 else PATCH_GRANULE
+    rows = like.new_empty(HEADER.value + 4 * lattice.phases, dtype=torch.int32)
+    table = like.new_empty((3, patch_size), dtype=torch.int32)
+    bands = packed = None
+    band_programs = pack_programs = 0
+    if basis is not None:
+        shape = (lattice.bands, rank, tile.positions, patch_size)
+        bands = like.new_empty(shape, dtype=torch.float32 if direct else like.dtype)
+        basis = basis.contiguous()
+        band_programs = lattice.bands * rank * (patch_size // band_block)
+    sizes = (0, 0, 0)
+    source = target = (0, 0, 0, 0)
+    if coefficients is not None:
+        out_channels, group_in, _ = coefficients.shape
+        stride_o, stride_i, stride_r = coefficients.stride()
+        size_i, size_o, stride_g = group_in, out_channels // groups, out_channels // groups * stride_o
+        if transposed:
+            size_i, size_o, stride_i, stride_o = size_o, size_i, stride_o, stride_i
+        packed_rank = tile.rank if direct else rank
+        plane = size_i * size_o
+        packed = like.new_empty(groups * packed_rank * plane)
+        sizes = (size_i, size_o, packed_rank)
+        source = (stride_g, stride_r, stride_i, stride_o)
+        target = (packed_rank * plane, plane, size_o, 1)
+        if direct:
+            target = (packed_rank * plane, 1, size_o * packed_rank, packed_rank)
+        pack_programs = groups * packed_rank * -(-size_i // _PACK) * -(-size_o // _PACK)
+    row_programs = round_up(max(lattice.phases, patch_size), _BAND) // _BAND
+    launch(
+        prepare_kernel,
+        band_programs + row_programs + pack_programs,
+        basis,
+        bands,
+        rows,
+        table,
+        coefficients,
+        packed,
+        lattice.axes,
+        band_programs,
+        row_programs,
+        rank,
+        patch_size,
+        source,
+        target,
+        sizes,
+        TP=tile.positions,
+        BB=band_block,
+        BL=_BAND,
+        BP=_PACK,
+        num_warps=4,
+    )
+    return _Workspace(rows, table, patch_size, bands, packed)
+
+
+def _precision(tile: Tile) -> str:
+    return "ieee" if tile.number == "ieee" else "tf32"
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments of the kernels that work on banded matrices."""
+    return {
+        "TP": tile.positions,
+        "U": tile.units,
+        "BC": tile.channels,
+        "BP": tile.patch,
+        "STAGES": tile.stages,
+        "PRECISION": _precision(tile),
+        "num_warps": tile.warps,
+    }
+
+
+def _convolve(
+    plan: Plan,
+    source: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    transposed: bool,
+) -> Tensor:
+    """Both `basis_conv_fwd` and `basis_conv_bwd_input` (`transposed`), by the planned algorithm."""
+    problem, tile = plan.problem, plan.tile
+    groups = problem.geometry.groups
+    lattice = best_lattice(problem.geometry, problem.batch, transposed, tile.positions)
+    workspace = _prepare(plan, lattice, basis, coefficients, transposed, source)
+    size_i, size_o = source.shape[1] // groups, output.shape[1] // groups
+    out_blocks = -(-size_o // tile.outputs)
+    unit_blocks = -(-lattice.units // tile.units)
+    strides_x, stride_xc = _strides(source)
+    strides_y, stride_yc = _strides(output)
+    arguments = (
+        source,
+        workspace.bands,
+        workspace.packed,
+        bias,
+        output,
+        workspace.rows,
+        workspace.table,
+        strides_x,
+        stride_xc,
+        strides_y,
+        stride_yc,
+        lattice.phases,
+        lattice.units,
+        unit_blocks,
+        out_blocks,
+        problem.rank,
+        size_i,
+        size_o,
+        workspace.patch_size,
+    )
+    programs = lattice.phases * unit_blocks * out_blocks * groups
+    if tile.kernel == "direct":
+        launch(
+            direct_kernel,
+            programs,
+            *arguments,
+            lattice.patch,
+            BM=tile.units,
+            BC=tile.channels,
+            BO=tile.outputs,
+            BR=tile.rank,
+            STAGES=tile.stages,
+            PRECISION=_precision(tile),
+            num_warps=tile.warps,
+        )
+    else:
+        launch(
+            basis_kernel,
+            programs,
+            *arguments,
+            BO=tile.outputs,
+            RESIDENT=tile.resident,
+            **_options(tile),
+        )
+    return output
+
+
+def basis_conv_fwd(
+    plan: Plan, input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y `[B, C_out, *S']`."""
+    problem = plan.problem
+    output = new_activation(input, problem.out_channels, problem.geometry.output_size)
+    return _convolve(plan, input, coefficients, basis, bias, output, transposed=False)
+
+
+def basis_conv_bwd_input(plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+    """The gradient of x, `[B, C_in, *S]`."""
+    problem = plan.problem
+    output = new_activation(grad, problem.in_channels, problem.geometry.input_size)
+    return _convolve(plan, grad, coefficients, basis, None, output, transposed=True)
+
+
+def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+    """The gradient of A, `[C_out, C_in/groups, R]`.
+
+    Bitwise repeatable where the shares of the work fit in a workspace smaller than W, and always
+    under `torch.use_deterministic_algorithms`; otherwise summed by atomic additions.
+    """
+    problem, tile = plan.problem, plan.tile
+    groups, rank = problem.geometry.groups, problem.rank
+    lattice = best_lattice(problem.geometry, problem.batch, False, tile.positions)
+    workspace = _prepare(plan, lattice, basis, None, False, input)
+    size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
+    in_blocks, out_blocks = -(-size_i // tile.channels), -(-size_o // tile.outputs)
+    splits, atomic = split_coefficients(problem, tile)
+    shape = (problem.out_channels, size_i, rank)
+    if atomic:
+        partial = input.new_zeros(shape, dtype=torch.float32)
+    else:
+        partial = input.new_empty((splits, *shape), dtype=torch.float32)
+    launch(
+        coefficients_kernel,
+        rank * in_blocks * out_blocks * splits * groups,
+        grad,
+        input,
+        workspace.bands,
+        partial,
+        workspace.rows,
+        workspace.table,
+        *_strides(grad),
+        *_strides(input),
+        lattice.phases,
+        lattice.units,
+        -(-lattice.units // tile.units),
+        in_blocks,
+        out_blocks,
+        rank,
+        splits,
+        size_i,
+        size_o,
+        workspace.patch_size,
+        BO=tile.outputs,
+        ATOMIC=atomic,
+        **_options(tile),
+    )
+    return (partial if atomic else _total(partial)).to(input.dtype)
+
+
+def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
+    """The gradient of phi, `[R, *kernel_size]`, in float32. Bitwise repeatable."""
+    problem, tile = plan.problem, plan.tile
+    geometry, rank = problem.geometry, problem.rank
+    groups = geometry.groups
+    lattice = best_lattice(geometry, problem.batch, False, tile.positions)
+    workspace = _prepare(plan, lattice, None, coefficients, True, input)
+    size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
+    chunks = workspace.patch_size // tile.patch
+    splits = split_basis(problem, tile)
+    partial = input.new_empty((splits * chunks, rank, geometry.taps), dtype=torch.float32)
+    launch(
+        basis_gradient_kernel,
+        chunks * rank * splits,
+        grad,
+        input,
+        workspace.packed,
+        partial,
+        workspace.rows,
+        workspace.table,
+        *_strides(grad),
+        *_strides(input),
+        lattice.phases,
+        lattice.units,
+        -(-lattice.units // tile.units),
+        -(-size_i // tile.channels),
+        rank,
+        splits,
+        size_i,
+        size_o,
+        workspace.patch_size,
+        groups,
+        BO=tile.outputs,
+        **_options(tile),
+    )
+    return _total(partial).view(rank, *geometry.kernel_size)
+
+
+def _total(partial: Tensor) -> Tensor:
+    """The shares summed in their fixed order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)

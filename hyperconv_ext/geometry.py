@@ -1,0 +1,101 @@
+"""The one description of where a convolution's taps fall: sizes, stride, padding, dilation, groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+Ints = tuple[int, ...]
+
+
+def output_length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Outputs along one axis of a convolution padded by `padding` on both sides."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which input position each (output position, tap) pair reads, in any number of spatial axes.
+
+    Output `p` and tap `k` of an axis meet at input `p * stride + k * dilation - padding`; positions
+    outside `[0, input_size)` read zero. `padding` is the zeros *before* the first input; how many
+    follow the last one is implied by `output_size`, so asymmetric padding (`'same'` with an even
+    kernel) and the output sizes of a transposed convolution need no further field.
+    """
+
+    input_size: Ints
+    output_size: Ints
+    kernel_size: Ints
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+    @classmethod
+    def conv(
+        cls,
+        input_size: Sequence[int],
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | str,
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Geometry:
+        """Geometry of `torch.nn.functional.convNd` with these arguments.
+
+        `padding` is one integer per axis, `'valid'`, or `'same'`, which pads the odd zero of an
+        even-sized kernel at the end of the axis, as PyTorch does.
+        """
+        if padding == "same":
+            lengths = tuple(input_size)
+            low = tuple(d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True))
+        else:
+            low = (0,) * len(kernel_size) if isinstance(padding, str) else tuple(padding)
+            axes = zip(input_size, kernel_size, stride, low, dilation, strict=True)
+            lengths = tuple(output_length(*axis) for axis in axes)
+        return cls(
+            tuple(input_size), lengths, tuple(kernel_size), tuple(stride), low, tuple(dilation), groups
+        )
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes D."""
+        return len(self.kernel_size)
+
+    @property
+    def taps(self) -> int:
+        """Number of taps K of the kernel."""
+        return prod(self.kernel_size)
+
+    @property
+    def input_positions(self) -> int:
+        return prod(self.input_size)
+
+    @property
+    def output_positions(self) -> int:
+        return prod(self.output_size)
+
+    @property
+    def high_padding(self) -> Ints:
+        """Zeros after the last input of each axis; negative where trailing inputs are never read."""
+        return tuple(
+            (out - 1) * s + (k - 1) * d + 1 - size - low
+            for size, out, k, s, low, d in zip(
+                self.input_size,
+                self.output_size,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                strict=True,
+            )
+        )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether `F.convNd` with `padding` on both sides gives exactly `output_size`."""
+        axes = zip(
+            self.input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+        )
+        return self.output_size == tuple(output_length(*axis) for axis in axes)

@@ -1,0 +1,36 @@
+"""Memory layout of activations `[B, C, *S]`: outputs take the layout of the tensor they answer to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether neighbouring channels of `tensor` are neighbours in memory, in any number of axes."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+
+
+def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """An uninitialised `[B, channels, *size]` with the batch, dtype and layout of `like`."""
+    batch = like.shape[0]
+    if channels_last(like):
+        return like.new_empty((batch, *size, channels)).movedim(-1, 1)
+    return like.new_empty((batch, channels, *size))
+
+
+def conform(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the layout that `new_activation(like, ...)` has; copied only if it differs."""
+    if channels_last(like):
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    return tensor.contiguous()
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether `tensor` is channels last and every position's channels start at a 16-byte boundary."""
+    if not channels_last(tensor) or tensor.data_ptr() % 16:
+        return False
+    granule = 16 // tensor.element_size()
+    strides = (s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if s != 1 and n > 1)
+    return all(stride % granule == 0 for stride in strides)

@@ -1,0 +1,314 @@
+"""Layers: nn.ConvNd's arguments in nn.ConvNd's order, then the hyper-network's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, ops, planner
+from .backends.reference import materialize_weight
+from .geometry import Geometry
+from .hypernet import CoordinateMLP, TapBatchNorm, tap_coordinates
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_WEIGHT_NORMS = (None, "batch")
+
+
+class _HyperConvNd(nn.Module):
+    """What the layers share, for any number of axes."""
+
+    dims: int
+    weight_norm: TapBatchNorm | None
+    taps: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int] | str,
+        dilation: int | Sequence[int],
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        device: Any,
+        dtype: Any,
+        hidden_features: Sequence[int],
+        num_features: int,
+        activation: str,
+        weight_bias: bool,
+        weight_norm: str | None,
+        coordinates: str,
+        backend: str,
+        hypernet: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        _check_channels(in_channels, out_channels, groups)
+        functional.check_name("padding_mode", padding_mode, _PADDING_MODES)
+        functional.check_name("backend", backend, planner.BACKEND_NAMES)
+        if weight_norm not in _WEIGHT_NORMS:
+            raise ValueError(
+                f"weight_norm: expected None or 'batch', got {weight_norm!r}; pass one of these"
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = functional.per_axis("kernel_size", kernel_size, self.dims, 1)
+        self.stride = functional.per_axis("stride", stride, self.dims, 1)
+        self.padding = functional.axis_padding(padding, self.stride, self.dims)
+        self.dilation = functional.per_axis("dilation", dilation, self.dims, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.coordinates = coordinates
+        self.weight_bias = weight_bias
+        self.backend = backend
+        factory = {"device": device, "dtype": dtype}
+        self.hypernet = hypernet or CoordinateMLP(
+            self.dims, hidden_features, num_features, activation, **factory
+        )
+        self._place_taps(torch.empty(0, **factory))
+        features = self._features_shape(num_features)
+        shape = (out_channels, in_channels // groups)
+        self.coefficients = nn.Parameter(torch.empty(*shape, features + weight_bias, **factory))
+        self.weight_norm = None if weight_norm is None else TapBatchNorm(shape, **factory)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, **factory))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def _place_taps(self, like: Tensor) -> None:
+        """Coordinates of the taps on the parameters' device, never below float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        grid = tap_coordinates(self.kernel_size, self.coordinates, like.device, dtype)
+        self.register_buffer("taps", grid, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _HyperConvNd:
+        super()._apply(fn, recurse)
+        self._place_taps(self.coefficients)
+        return self
+
+    def _features_shape(self, num_features: int) -> int:
+        """N, asked of a hyper-network that is not ours by calling it once."""
+        if isinstance(self.hypernet, CoordinateMLP):
+            return num_features
+        with torch.no_grad():
+            return self._module_features().shape[1]
+
+    def _module_features(self) -> Tensor:
+        parameter = next(self.hypernet.parameters(), None)
+        dtype = self.taps.dtype if parameter is None else parameter.dtype
+        features = self.hypernet(self.taps.to(dtype))
+        taps = self.taps.shape[0]
+        if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != taps:
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"hypernet: expected a module from coordinates [{taps}, {self.dims}] to features "
+                f"[{taps}, N], got {got}; return one row per tap"
+            )
+        return features
+
+    def reset_parameters(self) -> None:
+        """Draw parameters so that W has mean 0 and the standard deviation nn.ConvNd starts with.
+
+        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. Each column
+        of the coefficients is scaled by the root mean square of its basis function over the taps,
+        so that every function contributes alike, whatever the kernel size and activation; functions
+        that vanish on all taps take no share. With `weight_norm='batch'` the norm's scale sets the
+        deviation of W and the coefficients start at unit variance, as its running variance does.
+        """
+        if isinstance(self.hypernet, CoordinateMLP):
+            self.hypernet.reset_parameters()
+        fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        deviation = bound / math.sqrt(3)
+        with torch.no_grad():
+            if self.weight_norm is not None:
+                self.weight_norm.reset_running_stats()
+                self.weight_norm.weight.fill_(deviation)
+                self.weight_norm.bias.zero_()
+                deviation = 1.0
+            columns = self.coefficients.shape[-1]
+            power = self._basis("reference")[:columns].square().mean(dim=1)
+            live = power > 0
+            share = deviation / (power * live.sum()).sqrt()
+            share = torch.where(live, share, torch.zeros_like(share))
+            self.coefficients.uniform_(-math.sqrt(3), math.sqrt(3))
+            self.coefficients.mul_(share.to(self.coefficients.dtype))
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    def _basis(self, backend: str) -> Tensor:
+        """phi `[R, K]`; its last row is the constant function when a bias or a norm needs it."""
+        constant = self.weight_bias or self.weight_norm is not None
+        if isinstance(self.hypernet, CoordinateMLP):
+            return self.hypernet.basis(self.taps, constant, backend)
+        features = self._module_features().T
+        return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
+
+    def _kernel(self, track: bool) -> tuple[Tensor, Tensor]:
+        """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of the weight W = A phi."""
+        basis = self._basis(self.backend)
+        coefficients = self.coefficients
+        if self.weight_norm is not None:
+            coefficients = self.weight_norm(coefficients, basis, track)
+        return coefficients, basis.view(-1, *self.kernel_size)
+
+    def basis(self) -> Tensor:
+        """phi `[R, *kernel_size]`: the functions of the taps that all channels share."""
+        return self._basis(self.backend).view(-1, *self.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """W `[C_out, C_in/groups, *kernel_size]`, built on demand; differentiable."""
+        return materialize_weight(*self._kernel(track=False))
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """The input padded by a mode other than zeros, and the padding left for the convolution."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        geometry = Geometry.conv(
+            self.kernel_size, self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        )
+        low = geometry.padding
+        high = geometry.high_padding if self.padding == "same" else low
+        pads = [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair]
+        return F.pad(input, pads, mode=self.padding_mode), (0,) * self.dims
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B."""
+        coefficients, basis = self._kernel(track=True)
+        padded, padding = self._padded(input)
+        return functional.basis_conv(
+            self.dims,
+            padded,
+            coefficients,
+            basis,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.backend,
+            "auto",
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        defaults: dict[str, Any] = {
+            "stride": (1,) * self.dims,
+            "padding": (0,) * self.dims,
+            "dilation": (1,) * self.dims,
+            "groups": 1,
+            "padding_mode": "zeros",
+            "weight_bias": True,
+            "coordinates": "centered",
+            "backend": "auto",
+        }
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value!r}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups}; pass 1 or more")
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ValueError(
+                f"{name}: expected a multiple of groups={groups}, got {channels}; change one of them"
+            )
+
+
+class HyperConv2d(_HyperConvNd):
+    """`nn.Conv2d` whose kernel is computed by a small MLP of the tap coordinates.
+
+    W[o, i, k] = sum_r A[o, i, r] phi_r(p_k), with phi the features of the MLP at the coordinates
+    p_k of tap k. The parameter count does not depend on the kernel size, and the layer equals
+    `F.conv2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
+    (Ma, Wang, Dalca, Sabuncu: "Hyper-Convolution Networks for Biomedical Image Segmentation", WACV
+    2022, arXiv 2105.10559.)
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in `nn.Conv2d`.
+        hidden_features: widths of the MLP's hidden layers.
+        num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
+            one) the rank R of the kernel over its taps.
+        activation: after every layer of the MLP: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`,
+            `'silu'`, `'tanh'`, `'sine'`.
+        weight_bias: give the last linear layer, features -> weights, a bias: one more column of
+            `coefficients`, belonging to the constant function.
+        weight_norm: None, or `'batch'`: a batch norm over the taps of each W[o, i] as the
+            hyper-network's last layer, see `hypernet.TapBatchNorm`.
+        coordinates: `'centered'` (in taps from the kernel's centre) or `'unit'` ([-1, 1]).
+        backend: `'auto'`, `'reference'`, `'composite'` or `'triton'`, see `functional.basis_conv2d`.
+        hypernet: any module from coordinates `[K, 2]` to features `[K, N]`, in the place of the MLP;
+            `hidden_features`, `num_features` and `activation` are then not used.
+
+    Attributes:
+        coefficients: Parameter `[C_out, C_in/groups, N + weight_bias]`, A (before `weight_norm`).
+        hypernet: `CoordinateMLP`, or the module given.
+        bias: Parameter `[C_out]` or None.
+        weight: W `[C_out, C_in/groups, kh, kw]`, built on demand, differentiable.
+
+    Shape:
+        input `[B, C_in, H, W]` or `[C_in, H, W]`; output `[B, C_out, H', W']` or `[C_out, H', W']`,
+        H' = (H + 2 padding - dilation (kernel_size - 1) - 1) // stride + 1.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it and the remedy.
+    """
+
+    dims = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        hidden_features: Sequence[int] = (16, 16),
+        num_features: int = 4,
+        activation: str = "leaky_relu",
+        weight_bias: bool = True,
+        weight_norm: str | None = None,
+        coordinates: str = "centered",
+        backend: str = "auto",
+        hypernet: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            hidden_features,
+            num_features,
+            activation,
+            weight_bias,
+            weight_norm,
+            coordinates,
+            backend,
+            hypernet,
+        )

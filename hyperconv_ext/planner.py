@@ -1,0 +1,77 @@
+"""Which backend, algorithm and tile compute a problem: pure functions of numbers."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+from .backends import BACKENDS
+from .problem import Plan, Problem
+
+BACKEND_NAMES = ("auto", "reference", *BACKENDS)
+ALGORITHM_NAMES = ("auto", *dict.fromkeys(a for b in BACKENDS.values() for a in b.ALGORITHMS))
+_VARIABLE = "HYPERCONV_BACKEND"
+
+
+class PlanError(RuntimeError):
+    """An explicitly named backend or algorithm cannot compute this problem."""
+
+
+def requested(backend: str) -> str:
+    """`backend`, or what the environment variable HYPERCONV_BACKEND puts in the place of `'auto'`.
+
+    Raises:
+        ValueError: the variable names no backend.
+    """
+    if backend != "auto":
+        return backend
+    name = os.environ.get(_VARIABLE, "auto")
+    if name not in BACKEND_NAMES:
+        raise ValueError(
+            f"{_VARIABLE}: expected one of {', '.join(BACKEND_NAMES)}, got {name!r}; "
+            f"set it to one of these or unset it"
+        )
+    return name
+
+
+def candidates(problem: Problem, backend: str, algorithm: str) -> list[tuple[str, str, str]]:
+    """Every (backend, algorithm, reason it cannot run or '') that the two names admit."""
+    rows = []
+    for name, module in BACKENDS.items():
+        if backend not in ("auto", name):
+            continue
+        for choice in module.ALGORITHMS:
+            if algorithm in ("auto", choice):
+                ok, reason = module.can_run(problem, choice)
+                rows.append((name, choice, "" if ok else reason))
+    return rows
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Plan:
+    """The cheapest runnable candidate by the backends' own cost models.
+
+    A backend or algorithm that is named is used or refused, never replaced.
+
+    Raises:
+        PlanError: no admitted candidate can run; the message gives each one's reason.
+    """
+    rows = candidates(problem, backend, algorithm)
+    plans = [
+        Plan(problem, name, choice, *BACKENDS[name].configure(problem, choice))
+        for name, choice, reason in rows
+        if not reason
+    ]
+    if plans:
+        return min(plans, key=lambda p: p.seconds)
+    if not rows:
+        known = ", ".join(f"{name}: {'/'.join(BACKENDS[name].ALGORITHMS)}" for name in BACKENDS)
+        raise PlanError(
+            f"algorithm={algorithm!r} is not one of backend={backend!r} ({known}); "
+            f"name another, or leave it 'auto'"
+        )
+    reasons = "; ".join(f"{name}/{choice}: {reason}" for name, choice, reason in rows)
+    raise PlanError(
+        f"{problem.op} cannot run with backend={backend!r}, algorithm={algorithm!r} ({reasons}); "
+        f"use backend='auto', 'composite' or 'reference'"
+    )
