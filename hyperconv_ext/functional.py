@@ -120,9 +120,7 @@ def _check_tensors(
         _check_dtypes(input, coefficients, basis, bias)
 
 
-def _check_dtypes(
-    input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
-) -> None:
+def _check_dtypes(input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None) -> None:
     named = {"coefficients": coefficients} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         if tensor.dtype != input.dtype:
@@ -138,7 +136,29 @@ def _check_dtypes(
         )
 
 
-def _check_output(geometry: Geometry, input: Tensor) -> None:
+def conv_geometry(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry of `F.convNd` on `input` with these arguments.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the output would have no positions.
+    """
+    dims = len(kernel_size)
+    steps = per_axis("stride", stride, dims, 1)
+    geometry = Geometry.conv(
+        input.shape[-dims:],
+        kernel_size,
+        steps,
+        axis_padding(padding, steps, dims),
+        per_axis("dilation", dilation, dims, 1),
+        groups,
+    )
     if min(geometry.output_size) < 1:
         raise ValueError(
             f"input: expected at least the kernel's extent on each axis, got {_shape(input)} for "
@@ -146,6 +166,7 @@ def _check_output(geometry: Geometry, input: Tensor) -> None:
             f"{geometry.dilation} (output {list(geometry.output_size)}); pad the input or use a "
             f"smaller kernel"
         )
+    return geometry
 
 
 def basis_conv(
@@ -165,16 +186,7 @@ def basis_conv(
     check_name("backend", backend, planner.BACKEND_NAMES)
     check_name("algorithm", algorithm, planner.ALGORITHM_NAMES)
     _check_tensors(input, coefficients, basis, bias, groups, dims)
-    steps = per_axis("stride", stride, dims, 1)
-    geometry = Geometry.conv(
-        input.shape[-dims:],
-        basis.shape[1:],
-        steps,
-        axis_padding(padding, steps, dims),
-        per_axis("dilation", dilation, dims, 1),
-        groups,
-    )
-    _check_output(geometry, input)
+    geometry = conv_geometry(input, basis.shape[1:], stride, padding, dilation, groups)
     batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
     output = ops.basis_conv(batched, coefficients, basis, bias, geometry, backend, algorithm)
     return output if batched is input else output.squeeze(0)

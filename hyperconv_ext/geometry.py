@@ -55,7 +55,13 @@ class Geometry:
             axes = zip(input_size, kernel_size, stride, low, dilation, strict=True)
             lengths = tuple(output_length(*axis) for axis in axes)
         return cls(
-            tuple(input_size), lengths, tuple(kernel_size), tuple(stride), low, tuple(dilation), groups
+            tuple(input_size),
+            lengths,
+            tuple(kernel_size),
+            tuple(stride),
+            low,
+            tuple(dilation),
+            groups,
         )
 
     @property
@@ -70,10 +76,12 @@ class Geometry:
 
     @property
     def input_positions(self) -> int:
+        """Positions of one input channel."""
         return prod(self.input_size)
 
     @property
     def output_positions(self) -> int:
+        """Positions of one output channel."""
         return prod(self.output_size)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +90,18 @@ class CoordinateMLP(nn.Module):
             nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairwise(widths)
         )
 
+    def _linear(self) -> list[nn.Linear]:
+        return cast("list[nn.Linear]", list(self.layers))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """(D, hidden features..., N)."""
+        return (self.in_features, *(layer.out_features for layer in self._linear()))
+
     def basis(self, coordinates: Tensor, constant: bool, backend: str = "auto") -> Tensor:
         """phi `[R, K]`: the features, and the constant 1 as one more function if `constant`."""
-        weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers]
+        weights = [layer.weight for layer in self._linear()]
+        biases = [layer.bias for layer in self._linear()]
         return ops.coordinate_mlp(coordinates, weights, biases, self.activation, constant, backend)
 
     def forward(self, coordinates: Tensor) -> Tensor:
@@ -102,10 +110,11 @@ class CoordinateMLP(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every layer anew by nn.Linear's rule."""
-        for layer in self.layers:
+        for layer in self._linear():
             layer.reset_parameters()
 
     def extra_repr(self) -> str:
+        """The activation, for `repr`."""
         return f"activation={self.activation}"
 
 
@@ -200,4 +209,5 @@ class TapBatchNorm(nn.Module):
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
     def extra_repr(self) -> str:
+        """Shape and settings, for `repr`."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}, momentum={self.momentum}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, ops, planner
+from . import functional, planner
 from .backends.reference import materialize_weight
 from .geometry import Geometry
 from .hypernet import CoordinateMLP, TapBatchNorm, tap_coordinates
@@ -151,7 +151,7 @@ class _HyperConvNd(nn.Module):
         features = self._module_features().T
         return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
 
-    def _kernel(self, track: bool) -> tuple[Tensor, Tensor]:
+    def kernel(self, track: bool) -> tuple[Tensor, Tensor]:
         """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of the weight W = A phi."""
         basis = self._basis(self.backend)
         coefficients = self.coefficients
@@ -166,14 +166,19 @@ class _HyperConvNd(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W `[C_out, C_in/groups, *kernel_size]`, built on demand; differentiable."""
-        return materialize_weight(*self._kernel(track=False))
+        return materialize_weight(*self.kernel(track=False))
 
-    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+    def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
         """The input padded by a mode other than zeros, and the padding left for the convolution."""
         if self.padding_mode == "zeros":
             return input, self.padding
         geometry = Geometry.conv(
-            self.kernel_size, self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+            self.kernel_size,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
         )
         low = geometry.padding
         high = geometry.high_padding if self.padding == "same" else low
@@ -182,8 +187,8 @@ class _HyperConvNd(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B."""
-        coefficients, basis = self._kernel(track=True)
-        padded, padding = self._padded(input)
+        coefficients, basis = self.kernel(track=True)
+        padded, padding = self.padded(input)
         return functional.basis_conv(
             self.dims,
             padded,

@@ -12,7 +12,7 @@ autograd rule therefore serves all four, to any order, forward and reverse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from . import backends, layout, planner
 from .backends import reference
 from .geometry import Geometry
 from .layout import new_activation
-from .problem import OPS, Op, Problem
+from .problem import OPS, Problem
 
 _SLOTS = ("grad", "input", "coefficients", "basis")
 _GRAD, _INPUT, _COEFFICIENTS, _BASIS = range(4)
@@ -78,7 +78,13 @@ def _new_output(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Ten
     return first.new_empty((rank, *geometry.kernel_size), dtype=dtype)
 
 
-def _problem(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Problem:
+def _name(tensor: Tensor) -> str:
+    """The name of a tensor's dtype, as `Problem` has it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Problem:
+    """The numbers of operator `OPS[slot]` on `tensors`, for the planner."""
     in_channels, out_channels, rank = _channels(slot, tensors, geometry.groups)
     first = tensors[0]
     granule = 16 // first.element_size()
@@ -91,7 +97,7 @@ def _problem(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Proble
         in_channels=in_channels,
         out_channels=out_channels,
         rank=rank,
-        dtype=str(first.dtype).removeprefix("torch."),
+        dtype=_name(first),
         device=backends.describe(first.device),
         aligned=all(c % granule == 0 for c in channels) and all(map(layout.aligned, activations)),
         tf32=torch.backends.cudnn.allow_tf32,
@@ -102,15 +108,15 @@ def _problem(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Proble
 def _unpack(slot: int, args: Sequence[Any]) -> tuple[Any, ...]:
     """Operator arguments in schema order -> (tensors, bias, geometry, backend, algorithm)."""
     count = 4 if slot == _GRAD else 3
-    lists = [tuple(values) for values in args[count : count + 6]]
-    geometry = Geometry(*lists, groups=args[count + 6])
+    lists: Any = (tuple(values) for values in args[count : count + 6])
+    geometry = Geometry(*lists, args[count + 6])
     return args[:3], args[3] if slot == _GRAD else None, geometry, *args[count + 7 :]
 
 
 def _execute(slot: int, *args: Any) -> Tensor:
     """The operators' kernel on every device: plan, then run on the chosen backend."""
     tensors, bias, geometry, backend, algorithm = _unpack(slot, args)
-    problem = _problem(slot, tensors, geometry)
+    problem = problem_of(slot, tensors, geometry)
     if problem.empty:
         output = _new_output(slot, tensors, geometry).zero_()
         return output if bias is None else output.add_(bias.view(-1, *(1,) * geometry.dims))
@@ -159,9 +165,7 @@ class BasisConvFunction(torch.autograd.Function):
         if needs_bias:
             bias = value.sum([0, *range(2, value.dim())]).to(ctx.bias_dtype)
         results = [
-            BasisConvFunction._substitute(ctx, other, value, ctx.slot).to(saved.dtype)
-            if need
-            else None
+            BasisConvFunction._substitute(ctx, other, value, ctx.slot).to(saved.dtype) if need else None
             for need, other, saved in zip(needs, _OTHERS[ctx.slot], ctx.saved_tensors, strict=True)
         ]
         return None, None, None, None, bias, *results
@@ -180,16 +184,22 @@ class BasisConvFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        """One call per example: correct for every transform; batching belongs in the batch axis."""
+        return _one_by_one(BasisConvFunction, info, in_dims, args)
 
-        def example(index: int) -> list[Any]:
-            return [
-                arg if dim is None else arg.select(dim, index)
-                for arg, dim in zip(args, in_dims, strict=True)
-            ]
 
-        outputs = [BasisConvFunction.apply(*example(i)) for i in range(info.batch_size)]
-        return torch.stack(outputs), 0
+def _one_by_one(
+    function: type[torch.autograd.Function],
+    info: Any,
+    in_dims: tuple[Any, ...],
+    args: Sequence[Any],
+) -> tuple[Tensor, int]:
+    """`vmap` as one call per example: right for every transform, no faster than a loop."""
+
+    def example(index: int) -> list[Any]:
+        pairs = zip(args, in_dims, strict=True)
+        return [arg if dim is None else arg.select(dim, index) for arg, dim in pairs]
+
+    return torch.stack([function.apply(*example(i)) for i in range(info.batch_size)]), 0
 
 
 def _form(
@@ -208,15 +218,12 @@ def _form(
     return BasisConvFunction.apply(slot, geometry, backend, algorithm, bias, *tensors)
 
 
-def _for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on, as it does for `F.convNd`."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+def _for_autocast(tensor: Tensor) -> Tensor:
+    """`tensor` in autocast's dtype where autocast is on, as it does for `F.convNd`."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def basis_conv(
@@ -233,11 +240,100 @@ def basis_conv(
     Under autocast x, A and the bias are cast as for a convolution; phi is left as it is, because
     the kernels round it to the compute type themselves.
     """
-    input, coefficients, bias = _for_autocast(input.device.type, input, coefficients, bias)
+    input, coefficients = _for_autocast(input), _for_autocast(coefficients)
+    bias = None if bias is None else _for_autocast(bias)
     backend = planner.requested(backend)
     if backend == "reference":
         return reference.basis_conv(input, coefficients, basis, bias, geometry)
     return _form(_GRAD, geometry, backend, algorithm, bias, input, coefficients, basis)
+
+
+_MLP_SCHEMAS = (
+    "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, str activation, "
+    "bool constant) -> Tensor",
+    "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "
+    "str activation) -> Tensor[]",
+)
+
+
+class CoordinateMLPFunction(torch.autograd.Function):
+    """phi of the coordinate MLP in one launch, its gradient in another.
+
+    Derivatives of higher order, forward mode and `vmap` go through the PyTorch expression of the
+    same function: K rows of a tiny network, outside any hot path.
+    """
+
+    @staticmethod
+    def forward(
+        activation: str, constant: bool, layers: int, coordinates: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
+        weights, biases = parameters[:layers], parameters[layers:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(coordinates, weights, biases, activation, constant)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.activation, ctx.constant, ctx.layers, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        coordinates, *parameters = ctx.saved_tensors
+        weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
+        gradients = _mlp_backward(grads[0], coordinates, weights, biases, ctx.activation)
+        return None, None, None, None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        coordinates, *parameters = ctx.saved_tensors
+        pairs = zip(parameters, tangents[4:], strict=True)
+        directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
+        function = _mlp_function(coordinates, ctx.activation, ctx.constant, ctx.layers)
+        # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
+        output, pullback, *_ = torch.func.vjp(function, *parameters)
+        _, double, *_ = torch.func.vjp(pullback, torch.zeros_like(output))
+        return double(directions)[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _one_by_one(CoordinateMLPFunction, info, in_dims, args)
+
+
+def _mlp_function(
+    coordinates: Tensor, activation: str, constant: bool, layers: int
+) -> Callable[..., Tensor]:
+    """The PyTorch expression of phi as a function of (weights..., biases...)."""
+
+    def function(*parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:layers], parameters[layers:]
+        return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+
+    return function
+
+
+def _mlp_backward(
+    grad: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of (weights..., biases...); differentiable where someone is recording."""
+    if torch.is_grad_enabled():
+        constant = grad.shape[0] > weights[-1].shape[0]
+        function = _mlp_function(coordinates, activation, constant, len(weights))
+        return torch.func.vjp(function, *weights, *biases)[1](grad)
+    operator = torch.ops.hyperconv_ext.coordinate_mlp_bwd
+    with torch._C._AutoDispatchBelowAutograd():
+        return tuple(operator(grad, coordinates, weights, biases, activation))
+
+
+@torch.compiler.assume_constant_result
+def _mlp_is_fused(widths: tuple[int, ...], dtype: str, device: torch.device, backend: str) -> bool:
+    name = planner.requested(backend)
+    return planner.fused_mlp(widths, dtype, backends.describe(device), name)[0]
 
 
 def coordinate_mlp(
@@ -248,12 +344,72 @@ def coordinate_mlp(
     constant: bool,
     backend: str,
 ) -> Tensor:
-    """phi `[R, K]` of the coordinate MLP; see `backends.reference.coordinate_mlp`."""
-    with torch.autocast(coordinates.device.type, enabled=False):
-        return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+    """phi `[R, K]` of the coordinate MLP; see `backends.reference.coordinate_mlp`.
+
+    Evaluated by the fused kernel where `planner.fused_mlp` says so, else by PyTorch. Differentiable
+    in the parameters, not in the coordinates.
+    """
+    widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
+    fused = _mlp_is_fused(widths, _name(weights[0]), coordinates.device, backend)
+    if not fused:
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+    if torch.compiler.is_compiling():
+        operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
+        return operator(coordinates, list(weights), list(biases), activation, constant)
+    return CoordinateMLPFunction.apply(
+        activation, constant, len(weights), coordinates, *weights, *biases
+    )
 
 
-def _register() -> None:
+def _register_mlp() -> None:
+    def forward_fake(
+        coordinates: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: str,
+        constant: bool,
+    ) -> Tensor:
+        rank = weights[-1].shape[0] + constant
+        return coordinates.new_empty((rank, coordinates.shape[0]), dtype=torch.float32)
+
+    def backward_fake(
+        grad: Tensor,
+        coordinates: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: str,
+    ) -> list[Tensor]:
+        return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
+
+    def forward_autograd(
+        coordinates: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: str,
+        constant: bool,
+    ) -> Tensor:
+        return CoordinateMLPFunction.apply(
+            activation, constant, len(weights), coordinates, *weights, *biases
+        )
+
+    def backward_autograd(*args: Any) -> list[Tensor]:
+        return list(_mlp_backward(*args))
+
+    engine = backends.BACKENDS["triton"]
+    rows = (
+        (_MLP_SCHEMAS[0], engine.coordinate_mlp_fwd, forward_fake, forward_autograd),
+        (_MLP_SCHEMAS[1], engine.coordinate_mlp_bwd, backward_fake, backward_autograd),
+    )
+    for schema, kernel, fake, autograd in rows:
+        name = schema.split("(")[0]
+        _library.define(schema)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, autograd, "Autograd")
+        torch.library.register_fake(f"hyperconv_ext::{name}", fake, lib=_library)
+
+
+def _register_convolution() -> None:
     for slot, name in enumerate(OPS):
 
         def kernel(*args: Any, slot: int = slot) -> Tensor:
@@ -273,4 +429,5 @@ def _register() -> None:
         torch.library.register_fake(f"hyperconv_ext::{name}", fake, lib=_library)
 
 
-_register()
+_register_convolution()
+_register_mlp()

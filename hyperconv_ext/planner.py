@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 
 from .backends import BACKENDS
-from .problem import Plan, Problem
+from .problem import Device, Plan, Problem
 
 BACKEND_NAMES = ("auto", "reference", *BACKENDS)
 ALGORITHM_NAMES = ("auto", *dict.fromkeys(a for b in BACKENDS.values() for a in b.ALGORITHMS))
@@ -75,3 +75,12 @@ def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Pl
         f"{problem.op} cannot run with backend={backend!r}, algorithm={algorithm!r} ({reasons}); "
         f"use backend='auto', 'composite' or 'reference'"
     )
+
+
+def fused_mlp(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[bool, str]:
+    """Whether the coordinate MLP of these layer widths runs as one kernel, and why not."""
+    if backend not in ("auto", "triton"):
+        return False, f"backend={backend!r} evaluates it by PyTorch"
+    if backend == "auto" and device.kind != "cuda":
+        return False, f"there is no fused kernel for {device.kind}"
+    return BACKENDS["triton"].can_evaluate(widths, dtype, device)

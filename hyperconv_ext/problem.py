@@ -34,10 +34,10 @@ class Device:
 class Problem:
     """One of the four operators on one shape.
 
-    `aligned` says that every activation is channels last with channels (per group too) in multiples of
-    16 bytes, so that kernels can read them 16 bytes at a time. `dtype` is the name of the compute type (`'bfloat16'`), `tf32` whether the framework's switches
-    allow it for float32 convolutions, `deterministic` the state of
-    `torch.use_deterministic_algorithms`.
+    `aligned` says that every activation is channels last with channels (per group too) in multiples
+    of 16 bytes, so that kernels can read them 16 bytes at a time. `dtype` is the name of the compute
+    type (`'bfloat16'`), `tf32` whether the framework's switches allow it for float32 convolutions,
+    `deterministic` the state of `torch.use_deterministic_algorithms`.
     """
 
     op: Op
@@ -56,7 +56,13 @@ class Problem:
     def empty(self) -> bool:
         """Whether there is nothing to compute: no element in the input or in the output."""
         g = self.geometry
-        return 0 in (self.batch, self.in_channels, self.out_channels, g.input_positions, g.output_positions)
+        return 0 in (
+            self.batch,
+            self.in_channels,
+            self.out_channels,
+            g.input_positions,
+            g.output_positions,
+        )
 
 
 @dataclass(frozen=True)

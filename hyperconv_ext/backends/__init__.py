@@ -33,5 +33,5 @@ def _describe_cuda(index: int) -> Device:
         kind="cuda",
         capability=properties.major * 10 + properties.minor,
         processors=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )

@@ -5,8 +5,6 @@ z is R times the input and does travel through memory here; the fused backends e
 
 from __future__ import annotations
 
-
-
 import torch
 from torch import Tensor
 

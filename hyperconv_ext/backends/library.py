@@ -36,9 +36,7 @@ def convolution(
     return torch.ops.aten.convolution(input, weight, bias, *_arguments(geometry, groups))
 
 
-def convolution_input_gradient(
-    grad: Tensor, weight: Tensor, geometry: Geometry, groups: int
-) -> Tensor:
+def convolution_input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
     """Gradient of `convolution` by its input: `[B, C_out, *S']` -> `[B, C_in, *S]`."""
     size = geometry.input_size
     if not geometry.symmetric:

@@ -15,10 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from ...problem import Plan, Problem
+from ...problem import Device, Problem
 from . import tiles
 
 ALGORITHMS = ("basis", "direct")
+# Widest layer of a coordinate MLP whose weights fit one block's registers, padded to a power of two.
+MLP_WIDTH = 64
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -36,26 +38,38 @@ def installed() -> str:
         return "unknown"
 
 
+def _device_reason(device: Device, dtype: str) -> str:
+    """Why no kernel runs on this device in this dtype, or ''."""
+    if not installed():
+        return "triton is not installed; pip install triton (Linux, NVIDIA GPU)"
+    if dtype not in _DTYPES:
+        return f"its kernels take {', '.join(_DTYPES)}, not {dtype}"
+    if device.kind == "cpu" and interpreted():
+        wrong = "Triton's interpreter computes bfloat16 products wrongly; use float32 there"
+        return wrong if dtype == "bfloat16" else ""
+    if device.kind != "cuda":
+        return f"the tensors are on {device.kind}; move them to a CUDA device"
+    if device.capability < 80:
+        return f"it needs compute capability 8.0, this GPU has {device.capability / 10}"
+    return ""
+
+
 def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
     """Whether this backend takes `problem` by `algorithm`, and why not."""
-    if not installed():
-        return False, "triton is not installed; pip install triton (Linux, NVIDIA GPU)"
-    if problem.dtype not in _DTYPES:
-        return False, f"its kernels take float32, float16 and bfloat16, not {problem.dtype}"
-    if problem.device.kind == "cpu" and not interpreted():
-        return False, "the tensors are on the CPU; move them to a CUDA device"
-    if problem.device.kind == "cpu" and problem.dtype == "bfloat16":
-        return False, "Triton's interpreter computes bfloat16 products wrongly; use float32 there"
-    if problem.device.kind not in ("cpu", "cuda"):
-        return False, f"it needs a CUDA device, not {problem.device.kind}"
-    if problem.device.kind == "cuda" and problem.device.capability < 80:
-        return False, f"it needs compute capability 8.0, this GPU has {problem.device.capability / 10}"
-    if problem.geometry.dims > 3:
-        return False, f"it takes up to 3 spatial axes, not {problem.geometry.dims}"
-    if tiles.kernel_of(problem, algorithm) == "direct" and problem.rank > tiles.DIRECT_RANK:
-        return False, f"direct takes up to {tiles.DIRECT_RANK} basis functions, not {problem.rank}"
-    limit = tiles.index_limit(problem, algorithm)
-    return (True, "") if not limit else (False, limit)
+    reason = _device_reason(problem.device, problem.dtype)
+    direct = tiles.kernel_of(problem, algorithm) == "direct"
+    if not reason and direct and problem.rank > tiles.DIRECT_RANK:
+        reason = f"direct takes up to {tiles.DIRECT_RANK} basis functions, not {problem.rank}"
+    reason = reason or tiles.index_limit(problem, algorithm)
+    return not reason, reason
+
+
+def can_evaluate(widths: tuple[int, ...], dtype: str, device: Device) -> tuple[bool, str]:
+    """Whether the MLP kernels take layers of these widths, and why not."""
+    reason = _device_reason(device, dtype)
+    if not reason and max(widths) > MLP_WIDTH:
+        reason = f"its MLP kernels take layers up to {MLP_WIDTH} wide, not {max(widths)}"
+    return not reason, reason
 
 
 def configure(problem: Problem, algorithm: str) -> tuple[tiles.Tile, float]:
@@ -64,15 +78,19 @@ def configure(problem: Problem, algorithm: str) -> tuple[tiles.Tile, float]:
     return tile, math.inf if problem.device.kind == "cpu" else seconds
 
 
-def _run(name: str) -> Any:
-    def run(plan: Plan, *tensors: Any) -> Any:
-        return getattr(import_module(".launch", __name__), name)(plan, *tensors)
+def _deferred(name: str) -> Any:
+    """A function of `launch`, which is imported (and with it triton) when it is first called."""
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(".launch", __name__), name)(*args)
 
     run.__name__ = name
     return run
 
 
-basis_conv_fwd = _run("basis_conv_fwd")
-basis_conv_bwd_input = _run("basis_conv_bwd_input")
-basis_conv_bwd_coeff = _run("basis_conv_bwd_coeff")
-basis_conv_bwd_basis = _run("basis_conv_bwd_basis")
+basis_conv_fwd = _deferred("basis_conv_fwd")
+basis_conv_bwd_input = _deferred("basis_conv_bwd_input")
+basis_conv_bwd_coeff = _deferred("basis_conv_bwd_coeff")
+basis_conv_bwd_basis = _deferred("basis_conv_bwd_basis")
+coordinate_mlp_fwd = _deferred("coordinate_mlp_fwd")
+coordinate_mlp_bwd = _deferred("coordinate_mlp_bwd")

@@ -56,7 +56,9 @@ class Axis(NamedTuple):
     tap_step: int
 
 
-def _forward(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int) -> Axis:
+def _forward(
+    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+) -> Axis:
     # One tap has no dilation; calling it the stride makes neighbouring outputs read neighbours.
     dilation = stride if kernel == 1 else dilation
     common = gcd(stride, dilation)
@@ -85,7 +87,9 @@ def _forward(size: int, out: int, kernel: int, stride: int, padding: int, dilati
     )
 
 
-def _transposed(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int) -> Axis:
+def _transposed(
+    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+) -> Axis:
     # Input p receives from output q through tap k where stride * q = p + padding - dilation * k.
     common = gcd(stride, dilation)
     residues, step = stride // common, dilation // common
@@ -124,6 +128,7 @@ class Lattice:
 
     @property
     def phases(self) -> int:
+        """Phases of all axes together."""
         return prod(axis.phases for axis in self.axes)
 
     @property
@@ -168,9 +173,7 @@ def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, i
 def _shapes(positions: int) -> list[tuple[int, int, int]]:
     """Every split of a power of two over three axes."""
     powers = [1 << i for i in range(positions.bit_length())]
-    return [
-        (d, h, positions // (d * h)) for d in powers for h in powers if d * h <= positions
-    ]
+    return [(d, h, positions // (d * h)) for d in powers for h in powers if d * h <= positions]
 
 
 @lru_cache(maxsize=4096)

@@ -10,15 +10,20 @@ from torch import Tensor
 
 from ...layout import new_activation
 from ...problem import Plan
-from .conv import basis_kernel, direct_kernel
-from .gradients import basis_gradient_kernel, coefficients_kernel
+from .kernels.conv import basis_kernel, direct_kernel
+from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
+from .kernels.mlp import mlp_backward_kernel, mlp_kernel
+from .kernels.prepare import prepare_kernel
+from .kernels.rows import HEADER
 from .lattice import Lattice, best_lattice
-from .prepare import prepare_kernel
-from .rows import HEADER
 from .tiles import PATCH_GRANULE, Tile, padded_patch, round_up, split_basis, split_coefficients
 
 _PACK = 32  # channels per side of the blocks in which coefficients are rearranged
 _BAND = 64  # patch positions per program that writes bands
+
+# Registers per thread, stated because ptxas otherwise spills a few to reach a rounder number of blocks
+# per multiprocessor.
+_REGISTERS = 255
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -29,7 +34,8 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 def _strides(tensor: Tensor) -> tuple[tuple[int, int, int, int], int]:
     """((batch, depth, height, width), channel) strides of `[B, C, *S]`, in elements."""
     batch, channel, *spatial = tensor.stride()
-    return (batch, *(0,) * (3 - len(spatial)), *spatial), channel
+    depth, height, width = (*(0,) * (3 - len(spatial)), *spatial)
+    return (batch, depth, height, width), channel
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,11 @@ def _prepare(
     if coefficients is not None:
         out_channels, group_in, _ = coefficients.shape
         stride_o, stride_i, stride_r = coefficients.stride()
-        size_i, size_o, stride_g = group_in, out_channels // groups, out_channels // groups * stride_o
+        size_i, size_o, stride_g = (
+            group_in,
+            out_channels // groups,
+            out_channels // groups * stride_o,
+        )
         if transposed:
             size_i, size_o, stride_i, stride_o = size_o, size_i, stride_o, stride_i
         packed_rank = tile.rank if direct else rank
@@ -127,6 +137,7 @@ def _options(tile: Tile) -> dict[str, Any]:
         "STAGES": tile.stages,
         "PRECISION": _precision(tile),
         "num_warps": tile.warps,
+        "maxnreg": _REGISTERS,
     }
 
 
@@ -184,6 +195,7 @@ def _convolve(
             STAGES=tile.stages,
             PRECISION=_precision(tile),
             num_warps=tile.warps,
+            maxnreg=_REGISTERS,
         )
     else:
         launch(
@@ -300,3 +312,70 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
 def _total(partial: Tensor) -> Tensor:
     """The shares summed in their fixed order."""
     return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
+_MLP_TAPS = 16  # taps per program and step: the smallest side of a product
+
+
+def _mlp_widths(coordinates: Tensor, weights: list[Tensor]) -> tuple[tuple[int, ...], int]:
+    """(layer widths, their maximum as a power of two the kernels can multiply)."""
+    widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
+    return widths, max(16, 1 << (max(widths) - 1).bit_length())
+
+
+def coordinate_mlp_fwd(
+    coordinates: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+    constant: bool,
+) -> Tensor:
+    """phi, float32 `[R, K]`, in one launch."""
+    taps = coordinates.shape[0]
+    widths, block = _mlp_widths(coordinates, weights)
+    basis = coordinates.new_empty((widths[-1] + constant, taps), dtype=torch.float32)
+    launch(
+        mlp_kernel,
+        -(-taps // _MLP_TAPS),
+        coordinates.contiguous(),
+        tuple(weight.contiguous() for weight in weights),
+        tuple(bias.contiguous() for bias in biases),
+        basis,
+        taps,
+        widths,
+        activation,
+        CONSTANT=constant,
+        BW=block,
+        BK=_MLP_TAPS,
+        num_warps=4,
+    )
+    return basis
+
+
+def coordinate_mlp_bwd(
+    grad: Tensor,
+    coordinates: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+) -> list[Tensor]:
+    """Gradients of (weights..., biases...) from that of phi, in one launch."""
+    widths, block = _mlp_widths(coordinates, weights)
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (*weights, *biases)]
+    launch(
+        mlp_backward_kernel,
+        len(weights),
+        grad.contiguous(),
+        coordinates.contiguous(),
+        tuple(weight.contiguous() for weight in weights),
+        tuple(bias.contiguous() for bias in biases),
+        tuple(gradients[: len(weights)]),
+        tuple(gradients[len(weights) :]),
+        coordinates.shape[0],
+        widths,
+        activation,
+        BW=block,
+        BK=_MLP_TAPS,
+        num_warps=4,
+    )
+    return gradients

@@ -43,6 +43,7 @@ class Tile:
 
     @property
     def name(self) -> str:
+        """All of it, short enough for a table."""
         kind = f"{self.kernel}-{self.number}"
         sizes = f"p{self.positions}-u{self.units}-c{self.channels}-o{self.outputs}"
         patch = f"r{self.rank}" if self.kernel == "direct" else f"l{self.patch}"
@@ -128,10 +129,7 @@ _COEFFICIENTS = (
         for outputs in (16, 64, 128)
     ),
     *(_tile("coefficients", "half", 16, 4, 16, outputs, 32, 8, 2) for outputs in (16, 64)),
-    *(
-        _tile("coefficients", "tf32", 16, 8, 16, outputs, 32, 8, 2, aligned=True)
-        for outputs in (16, 64)
-    ),
+    *(_tile("coefficients", "tf32", 16, 8, 16, outputs, 32, 8, 2, aligned=True) for outputs in (16, 64)),
     _tile("coefficients", "tf32", 16, 4, 16, 16, 32, 8, 2),
     _tile("coefficients", "ieee", 16, 2, 16, 16, 16, 4, 1),
 )
@@ -141,10 +139,7 @@ _BASIS_GRADIENT = (
         for patch in (32, 64, 128)
     ),
     _tile("basis_gradient", "half", 16, 4, 16, 32, 32, 8, 2),
-    *(
-        _tile("basis_gradient", "tf32", 16, 8, 16, 32, patch, 8, 2, aligned=True)
-        for patch in (32, 64)
-    ),
+    *(_tile("basis_gradient", "tf32", 16, 8, 16, 32, patch, 8, 2, aligned=True) for patch in (32, 64)),
     _tile("basis_gradient", "tf32", 16, 4, 16, 32, 32, 8, 2),
     _tile("basis_gradient", "ieee", 16, 2, 16, 16, 16, 4, 1),
 )
@@ -156,6 +151,7 @@ PATCH_GRANULE = 16
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -233,6 +229,7 @@ def seconds(problem: Problem, tile: Tile) -> float:
     blocks_i, blocks_o = -(-size_i // tile.channels), -(-size_o // tile.outputs)
     blocks_u = lattice.phases * -(-lattice.units // tile.units)
     product = rows * tile.channels * tile.outputs
+    traffic: float
     if tile.kernel == "direct":
         steps = blocks_i * lattice.patch
         built = tile.channels * tile.outputs * tile.rank

@@ -66,7 +66,7 @@ def coefficients_kernel(
     split = pid % splits
     group = pid // splits
 
-    l = tl.arange(0, BP)  # noqa: E741
+    l = tl.arange(0, BP)
     t = tl.arange(0, TP)
     i = block_i * BC + tl.arange(0, BC)
     o = block_o * BO + tl.arange(0, BO)
@@ -170,7 +170,7 @@ def basis_gradient_kernel(
     r = pid % rank
     split = pid // rank
 
-    l = chunk * BP + tl.arange(0, BP)  # noqa: E741
+    l = chunk * BP + tl.arange(0, BP)
     c = tl.arange(0, BC)
     o = tl.arange(0, BO)
 
@@ -203,9 +203,7 @@ def basis_gradient_kernel(
             u_tile = tl.dot(grad, a, u_tile, input_precision=PRECISION)
         u = block_u * U + tl.arange(0, U)
         q_d, q_h, q_w, base = unit_origins(strides_x, axes, rows, phase, units, u)
-        pointers, inside = patch_pointers(
-            x, strides_x, axes, q_d, q_h, q_w, base, table, patch_size, l
-        )
+        pointers, inside = patch_pointers(x, strides_x, axes, q_d, q_h, q_w, base, table, patch_size, l)
         channel = (group * size_i + i.to(tl.int64)) * stride_xc
         patch = tl.load(  # [U, BP, BC]
             pointers[:, :, None] + channel[None, None, :],

@@ -1,4 +1,4 @@
-"""`basis_conv_fwd` and `basis_conv_bwd_input`: one kernel per algorithm, the row map tells them apart."""
+"""`basis_conv_fwd` and `basis_conv_bwd_input`: one kernel for both per algorithm."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def _store_tile(
     )
 
 
-@triton.jit(
-    do_not_specialize=["phases", "units", "unit_blocks", "out_blocks", "rank"]
-)
+@triton.jit(do_not_specialize=["phases", "units", "unit_blocks", "out_blocks", "rank"])
 def basis_kernel(
     x,  # [B, C_in, D, H, W], any strides
     bands,  # [bands, R, TP, patch_size]
@@ -73,7 +71,7 @@ def basis_kernel(
     group = pid // phases
 
     u = block_u * U + tl.arange(0, U)
-    l = tl.arange(0, BP)  # noqa: E741
+    l = tl.arange(0, BP)
     t = tl.arange(0, TP)
     c = tl.arange(0, BC)
     o = block_o * BO + tl.arange(0, BO)
@@ -86,9 +84,7 @@ def basis_kernel(
 
     q_d, q_h, q_w, base = unit_origins(strides_x, axes, rows, phase, units, u)
     if RESIDENT:
-        pointers, inside = patch_pointers(
-            x, strides_x, axes, q_d, q_h, q_w, base, table, patch_size, l
-        )
+        pointers, inside = patch_pointers(x, strides_x, axes, q_d, q_h, q_w, base, table, patch_size, l)
     acc = tl.zeros((U * TP, BO), dtype=tl.float32)
     for i in range(0, size_i, BC):
         channel = (i + c).to(tl.int64) * stride_xc
@@ -142,14 +138,10 @@ def basis_kernel(
                 acc = tl.dot(z, a, acc, input_precision=PRECISION)
 
     m = block_u * U * TP + tl.arange(0, U * TP)
-    _store_tile(
-        y, bias, acc, strides_y, stride_yc, axes, phase, units, m, group, o, size_o, TP
-    )
+    _store_tile(y, bias, acc, strides_y, stride_yc, axes, phase, units, m, group, o, size_o, TP)
 
 
-@triton.jit(
-    do_not_specialize=["phases", "units", "unit_blocks", "out_blocks", "rank", "taps"]
-)
+@triton.jit(do_not_specialize=["phases", "units", "unit_blocks", "out_blocks", "rank", "taps"])
 def direct_kernel(
     x,  # [B, C_in, D, H, W], any strides
     bands,  # float32 [bands, R, 1, patch_size]: phi itself, in the phase's order of taps

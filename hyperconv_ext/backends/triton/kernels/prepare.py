@@ -1,4 +1,4 @@
-"""One small launch before each kernel: banded matrices, row map and coefficients in the kernels' order."""
+"""One small launch before each kernel: banded matrices, row map, coefficients in their order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _tap(axis, residue, l, t):
 def _write_band(basis, bands, axes, pid, rank, patch_size, TP: tl.constexpr, BB: tl.constexpr):
     """bands[band, r, t, l] = phi_r(tap at (l, t)): one [TP, BB] block."""
     chunks = patch_size // BB
-    l = (pid % chunks) * BB + tl.arange(0, BB)  # noqa: E741
+    l = (pid % chunks) * BB + tl.arange(0, BB)
     r = (pid // chunks) % rank
     band = pid // (chunks * rank)
     t = tl.arange(0, TP)
@@ -113,9 +113,7 @@ def _write_rows(rows, table, axes, pid, patch_size, BL: tl.constexpr):
 
 
 @triton.jit
-def _write_coefficients(
-    coefficients, packed, source, target, pid, sizes, rank, BP: tl.constexpr
-):
+def _write_coefficients(coefficients, packed, source, target, pid, sizes, rank, BP: tl.constexpr):
     """packed[group, r, in, out] in the order of the strides `target`, zero for r >= rank.
 
     `source` and `target` are strides (group, r, in, out); `sizes` is (in, out) channels per group and
@@ -132,9 +130,7 @@ def _write_coefficients(
     valid = (i < sizes[0])[:, None] & (o < sizes[1])[None, :]
     present = valid & (i < tl.where(r < rank, sizes[0], 0))[:, None]
     read = i.to(tl.int64)[:, None] * source[2] + o.to(tl.int64)[None, :] * source[3]
-    value = tl.load(
-        coefficients + group * source[0] + r * source[1] + read, mask=present, other=0.0
-    )
+    value = tl.load(coefficients + group * source[0] + r * source[1] + read, mask=present, other=0.0)
     write = i.to(tl.int64)[:, None] * target[2] + o.to(tl.int64)[None, :] * target[3]
     write += group * target[0] + r.to(tl.int64) * target[1]
     tl.store(packed + write, value.to(packed.dtype.element_ty), mask=valid)
@@ -175,15 +171,14 @@ def prepare_kernel(
             _write_band(basis, bands, axes, pid, rank, patch_size, TP, BB)
     elif pid < band_programs + row_programs:
         _write_rows(rows, table, axes, pid - band_programs, patch_size, BL)
-    else:
-        if packed is not None:
-            _write_coefficients(
-                coefficients,
-                packed,
-                source,
-                target,
-                pid - band_programs - row_programs,
-                sizes,
-                rank,
-                BP,
-            )
+    elif packed is not None:
+        _write_coefficients(
+            coefficients,
+            packed,
+            source,
+            target,
+            pid - band_programs - row_programs,
+            sizes,
+            rank,
+            BP,
+        )

@@ -65,7 +65,8 @@ def split_unit(u, axes):
 def unit_origins(strides, axes, rows, phase, units, u):
     """First input of units `u` [U]: (q_d, q_h, q_w, offset from the start of x), each [U].
 
-    `strides` are x's (batch, depth, height, width) in elements. Units past the last one lie outside every input.
+    `strides` are x's (batch, depth, height, width) in elements. Units past the last one
+    lie outside every input.
     """
     batch, tile_d, tile_h, tile_w = split_unit(u, axes)
     origin = rows + HEADER + phase * 4
@@ -92,9 +93,7 @@ def patch_pointers(x, strides, axes, q_d, q_h, q_w, base, table, table_size, l):
     l_h = tl.load(table + table_size + l)
     l_w = tl.load(table + 2 * table_size + l)
     offset = (
-        l_d.to(tl.int64) * strides[1]
-        + l_h.to(tl.int64) * strides[2]
-        + l_w.to(tl.int64) * strides[3]
+        l_d.to(tl.int64) * strides[1] + l_h.to(tl.int64) * strides[2] + l_w.to(tl.int64) * strides[3]
     )
     d = q_d[:, None] + l_d[None, :]
     h = q_h[:, None] + l_h[None, :]

@@ -1,0 +1,164 @@
+"""The coordinate MLP: all layers in one launch forward, and one launch backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...reference import LEAKY_SLOPE
+
+_SLOPE: tl.constexpr = tl.constexpr(LEAKY_SLOPE)
+_RSQRT_2: tl.constexpr = tl.constexpr(0.7071067811865476)
+_RSQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _tanh(h):
+    return 2 * tl.sigmoid(2 * h) - 1
+
+
+@triton.jit
+def _activate(h, activation: tl.constexpr):
+    if activation == "leaky_relu":
+        h = tl.where(h > 0, h, _SLOPE * h)
+    elif activation == "relu":
+        h = tl.maximum(h, 0.0)
+    elif activation == "gelu":
+        h = 0.5 * h * (1 + tl.erf(h * _RSQRT_2))
+    elif activation == "silu":
+        h = h * tl.sigmoid(h)
+    elif activation == "tanh":
+        h = _tanh(h)
+    else:
+        tl.static_assert(activation == "sine")
+        h = tl.sin(h)
+    return h
+
+
+@triton.jit
+def _slope(h, activation: tl.constexpr):
+    """Derivative of the activation at the preactivation `h`."""
+    if activation == "leaky_relu":
+        d = tl.where(h > 0, 1.0, _SLOPE)
+    elif activation == "relu":
+        d = tl.where(h > 0, 1.0, 0.0)
+    elif activation == "gelu":
+        d = 0.5 * (1 + tl.erf(h * _RSQRT_2)) + h * _RSQRT_2PI * tl.exp(-0.5 * h * h)
+    elif activation == "silu":
+        s = tl.sigmoid(h)
+        d = s * (1 + h * (1 - s))
+    elif activation == "tanh":
+        t = _tanh(h)
+        d = 1 - t * t
+    else:
+        tl.static_assert(activation == "sine")
+        d = tl.cos(h)
+    return d
+
+
+@triton.jit
+def _weight(weight, rows: tl.constexpr, columns: tl.constexpr, BW: tl.constexpr):
+    """A layer's weight `[rows, columns]` in float32, zero-padded to [BW, BW]."""
+    i = tl.arange(0, BW)
+    valid = (i < rows)[:, None] & (i < columns)[None, :]
+    return tl.load(weight + i[:, None] * columns + i[None, :], mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _layer(
+    coordinates,
+    weights,
+    biases,
+    k,
+    taps,
+    widths: tl.constexpr,
+    depth: tl.constexpr,
+    activation: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """(input, preactivation), each [BK, BW], of layer `depth` at taps `k` [BK]."""
+    i = tl.arange(0, BW)
+    valid = (k < taps)[:, None] & (i < widths[0])[None, :]
+    hidden = tl.load(coordinates + k[:, None] * widths[0] + i[None, :], mask=valid, other=0.0)
+    hidden = hidden.to(tl.float32)
+    h = hidden
+    for n in tl.static_range(depth + 1):
+        if n > 0:
+            hidden = _activate(h, activation)
+        weight = _weight(weights[n], widths[n + 1], widths[n], BW)
+        bias = tl.load(biases[n] + i, mask=i < widths[n + 1], other=0.0).to(tl.float32)
+        h = tl.dot(hidden, tl.trans(weight), input_precision="ieee") + bias[None, :]
+    return hidden, h
+
+
+@triton.jit(do_not_specialize=["taps"])
+def mlp_kernel(
+    coordinates,  # [K, D]
+    weights,  # per layer [features, previous features]
+    biases,  # per layer [features]
+    basis,  # float32 [R, K]
+    taps,
+    widths: tl.constexpr,
+    activation: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """basis[n, k] = feature n at tap k; one more row of ones if CONSTANT."""
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    depth: tl.constexpr = len(widths) - 2
+    features: tl.constexpr = widths[depth + 1]
+    _, h = _layer(coordinates, weights, biases, k, taps, widths, depth, activation, BW)
+    n = tl.arange(0, BW)
+    valid = (k < taps)[:, None] & (n < features)[None, :]
+    tl.store(basis + n[None, :] * taps + k[:, None], _activate(h, activation), mask=valid)
+    if CONSTANT:
+        ones = tl.full((BK,), 1.0, dtype=tl.float32)
+        tl.store(basis + features * taps + k, ones, mask=k < taps)
+
+
+@triton.jit(do_not_specialize=["taps"])
+def mlp_backward_kernel(
+    gradient,  # float32 [R, K], of the basis
+    coordinates,
+    weights,
+    biases,
+    weight_gradients,  # per layer, contiguous
+    bias_gradients,
+    taps,
+    widths: tl.constexpr,
+    activation: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program per layer, which makes the layers above it again: K rows cost nothing."""
+    layers: tl.constexpr = len(widths) - 1
+    features: tl.constexpr = widths[layers]
+    i = tl.arange(0, BW)
+    for target in tl.static_range(layers):
+        if tl.program_id(0) == target:
+            weight_gradient = tl.zeros((BW, BW), dtype=tl.float32)
+            bias_gradient = tl.zeros((BW,), dtype=tl.float32)
+            for start in range(0, taps, BK):
+                k = start + tl.arange(0, BK)
+                valid = (k < taps)[:, None] & (i < features)[None, :]
+                delta = tl.load(gradient + i[None, :] * taps + k[:, None], mask=valid, other=0.0).to(
+                    tl.float32
+                )  # [BK, BW]
+                for above in tl.static_range(layers - target):
+                    depth: tl.constexpr = layers - 1 - above
+                    hidden, h = _layer(
+                        coordinates, weights, biases, k, taps, widths, depth, activation, BW
+                    )
+                    delta = delta * _slope(h, activation)
+                    if depth == target:
+                        weight_gradient += tl.dot(tl.trans(delta), hidden, input_precision="ieee")
+                        bias_gradient += tl.sum(delta, axis=0)
+                    else:
+                        weight = _weight(weights[depth], widths[depth + 1], widths[depth], BW)
+                        delta = tl.dot(delta, weight, input_precision="ieee")
+            valid = (i < widths[target + 1])[:, None] & (i < widths[target])[None, :]
+            pointers = weight_gradients[target] + i[:, None] * widths[target] + i[None, :]
+            dtype = weight_gradients[target].dtype.element_ty
+            tl.store(pointers, weight_gradient.to(dtype), mask=valid)
+            tl.store(bias_gradients[target] + i, bias_gradient.to(dtype), mask=i < widths[target + 1])

@@ -1,0 +1,104 @@
+"""What runs here, and what the planner would do: for people, not for programs."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import backends, functional, ops, planner
+from ._version import __version__
+from .geometry import Geometry
+from .hypernet import CoordinateMLP
+from .modules import HyperConv2d
+from .problem import OPS, Problem
+
+
+def explain(conv: HyperConv2d, input: Tensor) -> str:
+    """Which backend, algorithm and tile each operator of `conv` on `input` gets, and why.
+
+    Args:
+        conv: the layer.
+        input: x, `[B, C_in, H, W]` or `[C_in, H, W]`; only its shape, dtype, strides and device count.
+
+    Returns:
+        Text: how the hyper-network is evaluated; then for the forward operator and each gradient the
+        plan and, for every other candidate, why not: the reason it cannot run, or its estimated time.
+
+    Raises:
+        TypeError, ValueError: the layer does not take this input.
+        PlanError: the layer's backend cannot compute it.
+    """
+    name = planner.requested(conv.backend)
+    lines = [f"{type(conv).__name__}({conv.extra_repr()})"]
+    lines.append(f"input {list(input.shape)}, {input.dtype}, {input.device}, backend={name!r}")
+    lines.append(f"hyper-network: {_hypernet_line(conv, name)}")
+    if name == "reference":
+        return "\n".join([*lines, "reference: builds the weight and calls the library convolution"])
+    with torch.no_grad():
+        coefficients, basis = conv.kernel(track=False)
+        padded, padding = conv.padded(input)
+    batched = padded if padded.dim() == conv.dims + 2 else padded.unsqueeze(0)
+    geometry = functional.conv_geometry(
+        batched, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups
+    )
+    forward = ops.problem_of(0, (batched, coefficients, basis), geometry)
+    for op in OPS:
+        lines += _operator_lines(replace(forward, op=op), name)
+    return "\n".join(lines)
+
+
+def _hypernet_line(conv: HyperConv2d, backend: str) -> str:
+    if not isinstance(conv.hypernet, CoordinateMLP):
+        return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
+    device = backends.describe(conv.taps.device)
+    dtype = str(conv.coefficients.dtype).removeprefix("torch.")
+    fused, reason = planner.fused_mlp(conv.hypernet.widths, dtype, device, backend)
+    return "one fused kernel" if fused else f"PyTorch ({reason})"
+
+
+def _operator_lines(problem: Problem, backend: str) -> list[str]:
+    plan = planner.plan(problem, backend)
+    tile = "" if plan.tile is None else f", tile {plan.tile.name}"
+    lines = [f"{problem.op}: {plan.backend}/{plan.algorithm}{tile}{_estimate(plan.seconds)}"]
+    for name, algorithm, reason in planner.candidates(problem, backend, "auto"):
+        if (name, algorithm) == (plan.backend, plan.algorithm):
+            continue
+        why = reason
+        if not reason:
+            _, seconds = backends.BACKENDS[name].configure(problem, algorithm)
+            why = f"not cheaper{_estimate(seconds)}"
+        lines.append(f"    not {name}/{algorithm}: {why}")
+    return lines
+
+
+def _estimate(seconds: float) -> str:
+    return f", estimated {seconds * 1e6:.1f} us" if seconds < 1 else ""
+
+
+def environment() -> str:
+    """Versions, devices, and for each backend and device whether it runs and if not why."""
+    lines = [
+        f"hyperconv_ext {__version__}",
+        f"python        {platform.python_version()}",
+        f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"triton        {backends.BACKENDS['triton'].installed() or 'not installed'}",
+    ]
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        label = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        lines.append(f"{device} ({label})")
+        lines.append("    reference: yes")
+        for name, module in backends.BACKENDS.items():
+            ok, reason = module.can_run(_sample(device), module.ALGORITHMS[0])
+            lines.append(f"    {name}: {'yes' if ok else f'no, {reason}'}")
+    return "\n".join(lines)
+
+
+def _sample(device: torch.device) -> Problem:
+    """A convolution that every backend takes where it runs at all."""
+    geometry = Geometry.conv((16, 16), (5, 5), (1, 1), (2, 2), (1, 1), 1)
+    return Problem(OPS[0], geometry, 1, 16, 16, 5, "float32", backends.describe(device))
