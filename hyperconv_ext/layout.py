@@ -9,7 +9,7 @@ from torch import Tensor
 
 def channels_last(tensor: Tensor) -> bool:
     """Whether neighbouring channels of `tensor` are neighbours in memory, in any number of axes."""
-    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+    return tensor.stride(1) == 1
 
 
 def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:

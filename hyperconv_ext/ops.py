@@ -108,8 +108,8 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
 def _unpack(slot: int, args: Sequence[Any]) -> tuple[Any, ...]:
     """Operator arguments in schema order -> (tensors, bias, geometry, backend, algorithm)."""
     count = 4 if slot == _GRAD else 3
-    lists: Any = (tuple(values) for values in args[count : count + 6])
-    geometry = Geometry(*lists, args[count + 6])
+    fields: list[Any] = [tuple(values) for values in args[count : count + 6]]
+    geometry = Geometry(*fields, groups=args[count + 6])  # type: ignore[misc]
     return args[:3], args[3] if slot == _GRAD else None, geometry, *args[count + 7 :]
 
 
@@ -155,7 +155,7 @@ class BasisConvFunction(torch.autograd.Function):
         """dS/d(wanted) with `value` in `slot` and the saved tensors elsewhere."""
         full = dict(zip(_OTHERS[ctx.slot], ctx.saved_tensors, strict=True)) | {slot: value}
         operands = [full[other] for other in _OTHERS[wanted]]
-        return _form(wanted, ctx.geometry, ctx.backend, ctx.algorithm, None, *operands)
+        return form(wanted, ctx.geometry, ctx.backend, ctx.algorithm, None, *operands)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -202,7 +202,7 @@ def _one_by_one(
     return torch.stack([function.apply(*example(i)) for i in range(info.batch_size)]), 0
 
 
-def _form(
+def form(
     slot: int,
     geometry: Geometry,
     backend: str,
@@ -243,9 +243,12 @@ def basis_conv(
     input, coefficients = _for_autocast(input), _for_autocast(coefficients)
     bias = None if bias is None else _for_autocast(bias)
     backend = planner.requested(backend)
+    out_channels, _, rank = coefficients.shape
+    if backend == "auto" and planner.prefers_dense(input.device.type, geometry.taps, out_channels, rank):
+        backend = "reference"
     if backend == "reference":
         return reference.basis_conv(input, coefficients, basis, bias, geometry)
-    return _form(_GRAD, geometry, backend, algorithm, bias, input, coefficients, basis)
+    return form(_GRAD, geometry, backend, algorithm, bias, input, coefficients, basis)
 
 
 _MLP_SCHEMAS = (

@@ -34,6 +34,19 @@ def requested(backend: str) -> str:
     return name
 
 
+def prefers_dense(device_kind: str, taps: int, out_channels: int, rank: int) -> bool:
+    """Whether `'auto'` builds W for the library convolution: off the GPU, for small kernels.
+
+    Per input channel and position the dense convolution takes K * C_out multiply-adds and the
+    composite R * (K + C_out), each of which costs it more, since z travels through memory. Measured
+    on one x86 core (forward and training step, 16 to 128 channels, k = 3 to 31) the composite won
+    both ways from a ratio of about 7 on, or with more than 400 taps.
+    """
+    if device_kind == "cuda":
+        return False
+    return taps <= 400 and taps * out_channels < 7 * rank * (taps + out_channels)
+
+
 def candidates(problem: Problem, backend: str, algorithm: str) -> list[tuple[str, str, str]]:
     """Every (backend, algorithm, reason it cannot run or '') that the two names admit."""
     rows = []

@@ -44,6 +44,11 @@ def explain(conv: HyperConv2d, input: Tensor) -> str:
     geometry = functional.conv_geometry(
         batched, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups
     )
+    if name == "auto" and planner.prefers_dense(
+        input.device.type, geometry.taps, conv.out_channels, basis.shape[0]
+    ):
+        cheaper = f"cheaper than composite at {geometry.taps} taps on {input.device.type}"
+        return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
     forward = ops.problem_of(0, (batched, coefficients, basis), geometry)
     for op in OPS:
         lines += _operator_lines(replace(forward, op=op), name)

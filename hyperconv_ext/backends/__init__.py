@@ -15,7 +15,8 @@ from ..problem import Device
 from . import composite
 from . import triton as triton_backend
 
-# In order of preference; `reference` is the oracle and never chosen, only named.
+# In order of preference. `reference`, the oracle, is no backend of planned operators: it is plain
+# PyTorch, differentiated by autograd itself.
 BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "composite": composite}
 
 

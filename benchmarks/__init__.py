@@ -1,0 +1,1 @@
+"""Speed and memory of the layers against what a user has without them: `pytest benchmarks/`."""

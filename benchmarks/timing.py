@@ -1,0 +1,126 @@
+"""A device clock for pytest-benchmark, and how a benchmark is warmed up and repeated.
+
+pytest-benchmark takes `end - start` of what its timer returns, once per round in pedantic mode. On a
+GPU the timer therefore returns a recorded event: the difference waits for the later event and is the
+device's own time. Each round's setup queues writes that flush the L2 cache and take the GPU longer than
+the host takes to enqueue the measured work, so the time to launch kernels is not in the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any, Protocol
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from . import machine
+
+
+class Event(Protocol):
+    """What `Stamp` uses of `torch.cuda.Event`."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end_event: Any, /) -> float: ...
+
+
+class Stamp:
+    """A point in the device's time; the difference of two is in seconds."""
+
+    def __init__(self, event: Event) -> None:
+        self._event = event
+        event.record()
+
+    def __sub__(self, earlier: Stamp) -> float:
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def device_clock() -> Stamp:
+    """Now, on the current CUDA stream."""
+    return Stamp(torch.cuda.Event(enable_timing=True))
+
+
+clock: Callable[[], Stamp] | Callable[[], float] = (
+    device_clock if machine.device().type == "cuda" else time.perf_counter
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one benchmark may take: seconds of measured work, and bounds on the rounds."""
+
+    seconds: float
+    least: int
+    most: int
+
+    def rounds(self, estimate: float) -> int:
+        return max(self.least, min(self.most, int(self.seconds / max(estimate, 1e-9))))
+
+
+EFFORT = {"cuda": Effort(0.05, 5, 25), "cpu": Effort(0.4, 5, 50)}
+_WARMUP = 3
+# The host is slower on some calls than on the one that was timed.
+_HEADROOM = 2.0
+
+
+class Flush:
+    """Writes over a buffer of four times the L2 cache, `repeats` times."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(size, dtype=torch.int8, device=device)
+        self.repeats = 1
+        self()
+        start = device_clock()
+        self()
+        self._seconds = device_clock() - start
+
+    def outlast(self, host_seconds: float) -> None:
+        """Repeat the write until it takes the GPU longer than `host_seconds`."""
+        self.repeats = max(1, ceil(_HEADROOM * host_seconds / self._seconds))
+
+    def __call__(self) -> None:
+        for _ in range(self.repeats):
+            self._buffer.zero_()
+
+
+@lru_cache
+def _flush(device: torch.device) -> Flush:
+    return Flush(device)
+
+
+def _wall_time(target: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds until the work of a call of `target` is done, and until it returns."""
+    machine.synchronize(device)
+    start = time.perf_counter()
+    target()
+    returned = time.perf_counter() - start
+    machine.synchronize(device)
+    return time.perf_counter() - start, returned
+
+
+def warm_up(target: Callable[[], object]) -> None:
+    """Compile, let the libraries choose their algorithms, and fill the allocator's cache."""
+    for _ in range(_WARMUP):
+        target()
+
+
+def measure(benchmark: BenchmarkFixture, target: Callable[[], object], device: torch.device) -> None:
+    """Time a warm `target` by `clock`, in as many rounds as `EFFORT` affords."""
+    total, host = min(_wall_time(target, device) for _ in range(2))
+    rounds = EFFORT[device.type].rounds(total)
+    setup = None
+    if device.type == "cuda":
+        setup = _flush(device)
+        setup.outlast(host)
+
+    def once() -> None:
+        target()  # pytest-benchmark would keep a result alive, and its memory, through the next round
+
+    benchmark.pedantic(once, setup=setup, rounds=rounds, warmup_rounds=1)

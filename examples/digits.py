@@ -1,0 +1,263 @@
+"""Train a small CNN of HyperConv2d beside its nn.Conv2d twin on handwritten digits.
+
+    python examples/digits.py                # scikit-learn's 1,797 scans, nothing to download
+    python examples/digits.py --mnist DIR    # DIR holds MNIST's four idx .gz files
+
+The twins share architecture, data, batch order and optimiser; only the convolution class differs.
+On the CPU a run is repeatable for a given seed and number of threads. scikit-learn's digits are split
+75/25 by class, always in the same way; MNIST comes with its own held-out set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import math
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hyperconv_ext import HyperConv2d
+from hyperconv_ext.planner import BACKEND_NAMES
+
+CLASSES = 10
+WIDTHS = (16, 32)
+HELD_OUT = 0.25
+IMAGES_MAGIC = 2051
+LABELS_MAGIC = 2049
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images `[N, 1, H, W]`, float32 in [0, 1], and labels `[N]`, int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def to(self, device: torch.device) -> Data:
+        """The same data there."""
+        return Data(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one twin reached, and at what cost."""
+
+    accuracy: float
+    conv_parameters: int
+    parameters: int
+    seconds: float
+
+
+def load_digits() -> Data:
+    """scikit-learn's 8x8 scans, a quarter of each class held out."""
+    from sklearn import datasets, model_selection
+
+    digits = datasets.load_digits()
+    images = (digits.images[:, None] / 16).astype(np.float32)
+    train_images, test_images, train_labels, test_labels = model_selection.train_test_split(
+        images,
+        digits.target.astype(np.int64),
+        test_size=HELD_OUT,
+        stratify=digits.target,
+        random_state=0,
+    )
+    arrays = (train_images, train_labels, test_images, test_labels)
+    return Data(*map(torch.from_numpy, arrays))
+
+
+def read_idx(path: Path, magic: int) -> Tensor:
+    """The uint8 array of one gzipped idx file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not gzip, its magic number is another, or its length contradicts its header.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a gzipped idx file, found none; put it there")
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a whole gzip file, got {error}; fetch it again") from error
+    header = 4 + 4 * (magic & 0xFF)  # the magic number's last byte counts the axes
+    if len(content) < header:
+        raise ValueError(
+            f"{path}: expected an idx header of {header} bytes, got {len(content)} bytes; fetch it again"
+        )
+    found, *shape = struct.unpack_from(f">{header // 4}I", content)
+    if found != magic:
+        raise ValueError(
+            f"{path}: expected the magic number {magic}, got {found}; check the file's name"
+        )
+    expected, got = math.prod(shape), len(content) - header
+    if got != expected:
+        raise ValueError(
+            f"{path}: expected {expected} bytes of data for shape {shape}, got {got}; fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+
+
+def load_mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Images `[N, 1, H, W]` and labels `[N]` of part `'train'` or `'t10k'`.
+
+    Raises:
+        FileNotFoundError, ValueError: from `read_idx`.
+        ValueError: the two files disagree in length, or a label is no digit.
+    """
+    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", IMAGES_MAGIC)
+    path = folder / f"{part}-labels-idx1-ubyte.gz"
+    labels = read_idx(path, LABELS_MAGIC).long()
+    if len(labels) != len(images):
+        raise ValueError(
+            f"{path}: expected {len(images)} labels, one per image, got {len(labels)}; "
+            f"take both files from one set"
+        )
+    if not len(labels) or labels.max() >= CLASSES:
+        largest = int(labels.max()) if len(labels) else "none"
+        raise ValueError(f"{path}: expected labels 0 to {CLASSES - 1}, got {largest}; check the file")
+    return images[:, None].float() / 255, labels
+
+
+def load_mnist(folder: Path) -> Data:
+    """MNIST's 60,000 training and 10,000 held-out images."""
+    return Data(*load_mnist_part(folder, "train"), *load_mnist_part(folder, "t10k"))
+
+
+def build_network(convolution: Callable[..., nn.Module], kernel_size: int) -> nn.Sequential:
+    """Three convolutions of the given class, each normalised, on images of any size from 4x4."""
+    first, second = WIDTHS
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        layer = convolution(inputs, outputs, kernel_size, padding="same", bias=False)
+        return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, first),
+        nn.MaxPool2d(2),
+        *block(first, second),
+        nn.MaxPool2d(2),
+        *block(second, second),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * second, CLASSES),
+    )
+
+
+def count_parameters(modules: Iterable[nn.Module]) -> int:
+    """Numbers to learn in all of them."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def train(network: nn.Module, data: Data, args: argparse.Namespace, name: str) -> None:
+    """AdamW with a one-cycle learning rate; the order of the images follows from the seed."""
+    order = torch.Generator().manual_seed(args.seed)
+    batches = -(-len(data.train_labels) // args.batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=args.lr, total_steps=args.epochs * batches
+    )
+    network.train()
+    with tqdm(total=args.epochs * batches, desc=name, unit="step") as bar:
+        for _ in range(args.epochs):
+            shuffled = torch.randperm(len(data.train_labels), generator=order)
+            for batch in shuffled.to(data.train_labels.device).split(args.batch_size):
+                loss = F.cross_entropy(network(data.train_images[batch]), data.train_labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Data, batch_size: int) -> float:
+    """The share of held-out images whose class is predicted."""
+    network.eval()
+    batches = zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True)
+    hits = sum(int((network(images).argmax(1) == labels).sum()) for images, labels in batches)
+    return hits / len(data.test_labels)
+
+
+def run_twin(
+    convolution: Callable[..., nn.Module], name: str, data: Data, args: argparse.Namespace
+) -> Result:
+    """Build, train and test one network; the seconds are those of training and testing."""
+    torch.manual_seed(args.seed)
+    network = build_network(convolution, args.kernel_size).to(args.device)
+    start = time.perf_counter()
+    train(network, data, args, name)
+    reached = accuracy(network, data, args.batch_size)
+    seconds = time.perf_counter() - start
+    layers = [module for module in network if isinstance(module, nn.Conv2d | HyperConv2d)]
+    return Result(reached, count_parameters(layers), count_parameters([network]), seconds)
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description="Train a CNN of HyperConv2d beside its nn.Conv2d twin on handwritten digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four idx .gz files")
+    parser.add_argument("--epochs", type=positive, default=15, help="passes over the training images")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images per step")
+    parser.add_argument("--lr", type=float, default=0.01, help="peak learning rate")
+    parser.add_argument("--kernel-size", type=positive, default=5, help="of every convolution")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batch order")
+    parser.add_argument("--device", type=torch.device, default=default_device, help="where to train")
+    parser.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="of HyperConv2d")
+    return parser
+
+
+def print_table(results: dict[str, Result]) -> None:
+    """One row per twin."""
+    print(
+        f"{'convolution':<12} {'held-out':>9} {'conv parameters':>16} {'all parameters':>15} {'seconds':>8}"
+    )
+    for name, r in results.items():
+        print(
+            f"{name:<12} {r.accuracy:>9.2%} {r.conv_parameters:>16,} {r.parameters:>15,} {r.seconds:>8.1f}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    """Train both twins, print the table and return it by convolution."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        data = load_mnist(args.mnist) if args.mnist else load_digits()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    twins: dict[str, Callable[..., nn.Module]] = {
+        "HyperConv2d": partial(HyperConv2d, backend=args.backend),
+        "nn.Conv2d": nn.Conv2d,
+    }
+    data = data.to(args.device)
+    results = {name: run_twin(convolution, name, data, args) for name, convolution in twins.items()}
+    print_table(results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

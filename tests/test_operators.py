@@ -1,0 +1,99 @@
+"""Every backend, algorithm, geometry and layout against the float64 oracle, with all gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hyperconv_ext import functional
+
+from .conftest import backend_algorithms, dtypes_of
+from .oracle import CASES, NAMES, Case, check, draw, evaluate
+
+LAYOUT_CASES = [case for case in CASES if case.name in ("3x3", "stride and dilation", "aligned")]
+
+
+def _compare(case: Case, backend: str, algorithm: str, dtype: torch.dtype, layout: str, device) -> None:
+    # Both names of triton's algorithms share the coefficient and basis gradients: once is enough.
+    gradients = 1 if algorithm == "direct" else 4
+    tensors = draw(case, dtype, device)
+    wide = [t.double() for t in tensors]
+    with torch.no_grad():
+        shape = functional.basis_conv2d(*wide, *case.arguments, backend="reference").shape
+    cotangent = torch.randn(shape, device=device).to(dtype).double()
+    truth = evaluate(case, wide, cotangent, "contiguous", gradients, backend="reference")
+    own = evaluate(case, tensors, cotangent, "contiguous", gradients, backend="reference")
+    choice = {"backend": backend, "algorithm": algorithm}
+    actual = evaluate(case, tensors, cotangent, layout, gradients, **choice)
+    for name, *values in zip(NAMES, actual, truth, own, strict=False):
+        check(name, *values)
+
+
+def _grid() -> list[tuple[str, str, Case]]:
+    """All cases; `direct` only up to 7x7, where it is meant to be used."""
+    return [
+        (backend, algorithm, case)
+        for backend, algorithm in backend_algorithms()
+        for case in CASES
+        if algorithm != "direct" or math.prod(case.kernel) <= 49
+    ]
+
+
+@pytest.mark.parametrize(("backend", "algorithm", "case"), _grid(), ids=str)
+def test_all_geometries(backend: str, algorithm: str, case: Case, device, poisoned) -> None:
+    dtypes = dtypes_of(backend, device)
+    for dtype in dtypes[1:] if algorithm == "direct" else dtypes:
+        _compare(case, backend, algorithm, dtype, "channels_last", device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("backend", "algorithm"), backend_algorithms())
+def test_any_strides(case: Case, backend: str, algorithm: str, layout: str, device, poisoned) -> None:
+    for dtype in dtypes_of(backend, device)[:2]:
+        _compare(case, backend, algorithm, dtype, layout, device)
+
+
+@pytest.mark.parametrize(("backend", "algorithm"), backend_algorithms())
+def test_output_follows_the_inputs_layout(backend: str, algorithm: str, device) -> None:
+    tensors = draw(CASES[0], torch.float32, device)
+    choice = {"backend": backend, "algorithm": algorithm}
+    contiguous = functional.basis_conv2d(*tensors, **choice)
+    assert contiguous.is_contiguous()
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    assert functional.basis_conv2d(*tensors, **choice).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_coefficient_gradient_sums_in_shares(deterministic: bool, device, poisoned) -> None:
+    """Enough outputs for several shares, in a workspace or by atomic additions."""
+    case = Case("shares", 3, 4, 4, 3, (24, 20), (3, 3), padding=1)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        _compare(case, "triton", "basis", torch.float32, "channels_last", device)
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            tensors = draw(case, torch.float32, device)
+            runs.append(evaluate(case, tensors, None, "channels_last", backend="triton"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if deterministic:
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["composite", "triton"])
+@pytest.mark.parametrize("empty", ["batch", "in_channels"])
+def test_nothing_to_compute(backend: str, empty: str, device) -> None:
+    batch, channels = (0, 3) if empty == "batch" else (2, 0)
+    input = torch.randn(batch, channels, 6, 6, device=device, requires_grad=True)
+    coefficients = torch.randn(4, channels, 2, device=device, requires_grad=True)
+    basis = torch.randn(2, 3, 3, device=device, requires_grad=True)
+    bias = torch.randn(4, device=device, requires_grad=True)
+    output = functional.basis_conv2d(input, coefficients, basis, bias, backend=backend)
+    assert torch.equal(output, bias.view(1, 4, 1, 1).expand(batch, 4, 4, 4))
+    output.sum().backward()
+    assert basis.grad is not None and not basis.grad.any()
+    assert coefficients.grad is not None and coefficients.grad.shape == coefficients.shape
