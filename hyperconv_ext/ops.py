@@ -253,9 +253,9 @@ def basis_conv(
 
 _MLP_SCHEMAS = (
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, str activation, "
-    "bool constant) -> Tensor",
+    "bool constant, str backend) -> Tensor",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "
-    "str activation) -> Tensor[]",
+    "str activation, str backend) -> Tensor[]",
 )
 
 
@@ -268,16 +268,21 @@ class CoordinateMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        activation: str, constant: bool, layers: int, coordinates: Tensor, *parameters: Tensor
+        activation: str,
+        constant: bool,
+        backend: str,
+        layers: int,
+        coordinates: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
         weights, biases = parameters[:layers], parameters[layers:]
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(coordinates, weights, biases, activation, constant)
+            return operator(coordinates, weights, biases, activation, constant, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.activation, ctx.constant, ctx.layers, *tensors = inputs
+        ctx.activation, ctx.constant, ctx.backend, ctx.layers, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -285,13 +290,13 @@ class CoordinateMLPFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         coordinates, *parameters = ctx.saved_tensors
         weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
-        gradients = _mlp_backward(grads[0], coordinates, weights, biases, ctx.activation)
-        return None, None, None, None, *gradients
+        operands = (grads[0], coordinates, weights, biases, ctx.activation, ctx.backend)
+        return None, None, None, None, None, *_mlp_backward(*operands)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         coordinates, *parameters = ctx.saved_tensors
-        pairs = zip(parameters, tangents[4:], strict=True)
+        pairs = zip(parameters, tangents[5:], strict=True)
         directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
         function = _mlp_function(coordinates, ctx.activation, ctx.constant, ctx.layers)
         # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
@@ -311,9 +316,16 @@ def _mlp_function(
 
     def function(*parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
-        return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
 
     return function
+
+
+def _mlp_is_fused(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> bool:
+    widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
+    device = backends.describe(coordinates.device)
+    return planner.fused_mlp(widths, _name(weights[0]), device, backend)[0]
 
 
 def _mlp_backward(
@@ -322,21 +334,16 @@ def _mlp_backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
-) -> tuple[Tensor, ...]:
+    backend: str,
+) -> list[Tensor]:
     """Gradients of (weights..., biases...); differentiable where someone is recording."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not _mlp_is_fused(coordinates, weights, backend):
         constant = grad.shape[0] > weights[-1].shape[0]
         function = _mlp_function(coordinates, activation, constant, len(weights))
-        return torch.func.vjp(function, *weights, *biases)[1](grad)
+        return list(torch.func.vjp(function, *weights, *biases)[1](grad))
     operator = torch.ops.hyperconv_ext.coordinate_mlp_bwd
     with torch._C._AutoDispatchBelowAutograd():
-        return tuple(operator(grad, coordinates, weights, biases, activation))
-
-
-@torch.compiler.assume_constant_result
-def _mlp_is_fused(widths: tuple[int, ...], dtype: str, device: torch.device, backend: str) -> bool:
-    name = planner.requested(backend)
-    return planner.fused_mlp(widths, dtype, backends.describe(device), name)[0]
+        return operator(grad, coordinates, weights, biases, activation, backend)
 
 
 def coordinate_mlp(
@@ -352,57 +359,55 @@ def coordinate_mlp(
     Evaluated by the fused kernel where `planner.fused_mlp` says so, else by PyTorch. Differentiable
     in the parameters, not in the coordinates.
     """
-    widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
-    fused = _mlp_is_fused(widths, _name(weights[0]), coordinates.device, backend)
-    if not fused:
-        with torch.autocast(coordinates.device.type, enabled=False):
-            return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+    backend = planner.requested(backend)
     if torch.compiler.is_compiling():
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
-        return operator(coordinates, list(weights), list(biases), activation, constant)
+        return operator(coordinates, list(weights), list(biases), activation, constant, backend)
+    return _mlp_forward(coordinates, weights, biases, activation, constant, backend)
+
+
+def _mlp_forward(
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    constant: bool,
+    backend: str,
+) -> Tensor:
+    layers = len(weights)
+    if not _mlp_is_fused(coordinates, weights, backend):
+        function = _mlp_function(coordinates, activation, constant, layers)
+        return function(*weights, *biases)
     return CoordinateMLPFunction.apply(
-        activation, constant, len(weights), coordinates, *weights, *biases
+        activation, constant, backend, layers, coordinates, *weights, *biases
     )
 
 
 def _register_mlp() -> None:
-    def forward_fake(
-        coordinates: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        activation: str,
-        constant: bool,
-    ) -> Tensor:
-        rank = weights[-1].shape[0] + constant
-        return coordinates.new_empty((rank, coordinates.shape[0]), dtype=torch.float32)
+    engine = backends.BACKENDS["triton"]
 
-    def backward_fake(
-        grad: Tensor,
-        coordinates: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        activation: str,
-    ) -> list[Tensor]:
+    def forward_kernel(*args: Any) -> Tensor:
+        coordinates, weights, biases, activation, constant, backend = args
+        if _mlp_is_fused(coordinates, weights, backend):
+            return engine.coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
+        return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+
+    def backward_kernel(*args: Any) -> list[Tensor]:
+        return engine.coordinate_mlp_bwd(*args[:-1])
+
+    def forward_fake(*args: Any) -> Tensor:
+        coordinates, weights, _, _, constant, _ = args
+        shape = (weights[-1].shape[0] + constant, coordinates.shape[0])
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        return coordinates.new_empty(shape, dtype=dtype)
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        _, _, weights, biases, _, _ = args
         return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
 
-    def forward_autograd(
-        coordinates: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        activation: str,
-        constant: bool,
-    ) -> Tensor:
-        return CoordinateMLPFunction.apply(
-            activation, constant, len(weights), coordinates, *weights, *biases
-        )
-
-    def backward_autograd(*args: Any) -> list[Tensor]:
-        return list(_mlp_backward(*args))
-
-    engine = backends.BACKENDS["triton"]
     rows = (
-        (_MLP_SCHEMAS[0], engine.coordinate_mlp_fwd, forward_fake, forward_autograd),
-        (_MLP_SCHEMAS[1], engine.coordinate_mlp_bwd, backward_fake, backward_autograd),
+        (_MLP_SCHEMAS[0], forward_kernel, forward_fake, _mlp_forward),
+        (_MLP_SCHEMAS[1], backward_kernel, backward_fake, _mlp_backward),
     )
     for schema, kernel, fake, autograd in rows:
         name = schema.split("(")[0]

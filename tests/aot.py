@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from hyperconv_ext.backends.triton import launch, tiles
+from hyperconv_ext.backends.triton import MLP_WIDTH, launch, tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import Device, Op, Plan, Problem
 
@@ -48,10 +49,6 @@ class _Driver:
         return 0
 
 
-# Layouts to compile a tile for, by whether it needs alignment.
-LAYOUTS = {True: ("aligned",), False: ("aligned", "odd")}
-
-
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one target."""
@@ -67,7 +64,7 @@ class Compiled:
 
     def __str__(self) -> str:
         return (
-            f"sm_{self.capability:<4}{self.kernel:<22}{self.tile:<56}{self.layout:<9}"
+            f"sm_{self.capability:<4}{self.kernel:<22}{self.tile:<56}{self.layout:<17}"
             f"{self.registers:>5} regs {self.spill_bytes:>5} B spilled "
             f"{self.shared:>7} B shared {self.tensor_core:>4} tensor-core instructions"
         )
@@ -106,84 +103,119 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _problem(tile: tiles.Tile, op: Op, layout: str, capability: int) -> Problem:
+def _problem(tile: tiles.Tile, layout: str, capability: int) -> Problem:
     """A problem that `tile` fits: aligned channels, or odd ones in the slow layout."""
-    channels = 128 if layout == "aligned" else 37
-    kernel = {16: 3, 32: 3, 64: 5, 128: 7}[max(tile.patch, 16)] if tile.resident else 15
-    kernel = 3 if tile.kernel == "direct" else kernel
-    size = (kernel, kernel) if tile.patch != 32 else (1, 9)
-    geometry = Geometry.conv((56, 56), size, (1, 1), tuple(k // 2 for k in size), (1, 1), 1)
+    channels = 37 if layout == "odd" else 128
+    taps = {16: (3, 3), 32: (1, 9), 64: (5, 5), 128: (7, 7)}[max(tile.patch, 16)]
+    if tile.kernel == "direct":
+        taps = (3, 3)
+    elif not tile.resident:
+        taps = (15, 15)
+    geometry = Geometry.conv((56, 56), taps, (1, 1), "same", (1, 1), 1)
+    half = "float16" if layout == "aligned, float16" else "bfloat16"
     return Problem(
-        op=op,
+        op=_RUNS[tile.kernel],
         geometry=geometry,
         batch=8,
         in_channels=channels,
         out_channels=channels,
         rank=tile.rank if tile.kernel == "direct" else 5,
-        dtype="bfloat16" if tile.number == "half" else "float32",
+        dtype=half if tile.number == "half" else "float32",
         device=Device("cuda", capability, 132, SHARED_MEMORY[capability]),
-        aligned=layout == "aligned",
+        aligned=layout != "odd",
         tf32=tile.number == "tf32",
     )
 
 
-_OPS: dict[str, tuple[Op, ...]] = {
-    "basis": ("basis_conv_fwd",),
-    "direct": ("basis_conv_fwd",),
-    "coefficients": ("basis_conv_bwd_coeff",),
-    "basis_gradient": ("basis_conv_bwd_basis",),
+_RUNS: dict[str, Op] = {
+    "basis": "basis_conv_fwd",
+    "direct": "basis_conv_fwd",
+    "coefficients": "basis_conv_bwd_coeff",
+    "basis_gradient": "basis_conv_bwd_basis",
 }
 
 
+def layouts(tile: tiles.Tile, capability: int) -> tuple[str, ...]:
+    """What to compile a tile for: vector or scalar accesses; both 16-bit types once."""
+    both = (
+        ("aligned", "aligned, float16") if tile.number == "half" and capability == 90 else ("aligned",)
+    )
+    return both if tile.aligned else (*both, "odd")
+
+
 def compile_tile(tile: tiles.Tile, capability: int, layout: str) -> list[Compiled]:
-    """Compile what one configuration launches; `layout` is `'aligned'` or `'odd'`."""
-    rows = []
-    for op in _OPS[tile.kernel]:
-        problem = _problem(tile, op, layout, capability)
-        if not tiles.fits(problem, tile):
-            raise ValueError(f"{tile.name} does not fit the problem it is to be compiled for")
-        plan = Plan(problem, "triton", "basis", tile, 0.0)
-        dtype = getattr(torch, problem.dtype)
-        image = torch.empty(8, problem.in_channels, 56, 56, dtype=dtype)
-        if layout == "aligned":
-            image = image.to(memory_format=torch.channels_last)
-        coefficients = torch.empty(problem.out_channels, problem.in_channels, problem.rank, dtype=dtype)
-        basis = torch.empty(problem.rank, *problem.geometry.kernel_size)
-        bias = torch.empty(problem.out_channels, dtype=dtype)
-        operands = {
-            "basis_conv_fwd": (image, coefficients, basis, bias),
-            "basis_conv_bwd_input": (image, coefficients, basis),
-            "basis_conv_bwd_coeff": (image, image, basis),
-            "basis_conv_bwd_basis": (image, image, coefficients),
-        }[op]
-        with _compiling(capability) as compiled:
-            getattr(launch, op)(plan, *operands)
-        for name, result in compiled:
-            registers, stack = _resources(result.asm["cubin"])
-            tensor_core = len(re.findall(_TENSOR_CORE, result.asm["ptx"]))
-            rows.append(
-                Compiled(
-                    name,
-                    tile.name,
-                    layout,
-                    capability,
-                    registers,
-                    stack,
-                    result.metadata.shared,
-                    tensor_core,
-                )
-            )
+    """Compile what one configuration launches."""
+    problem = _problem(tile, layout, capability)
+    if not tiles.fits(problem, tile):
+        raise ValueError(f"{tile.name} does not fit the problem it is to be compiled for")
+    plan = Plan(problem, "triton", "basis", tile, 0.0)
+    dtype = getattr(torch, problem.dtype)
+    image = torch.empty(8, problem.in_channels, 56, 56, dtype=dtype)
+    if problem.aligned:
+        image = image.contiguous(memory_format=torch.channels_last)
+    coefficients = torch.empty(problem.out_channels, problem.in_channels, problem.rank, dtype=dtype)
+    basis = torch.empty(problem.rank, *problem.geometry.kernel_size)
+    operands = {
+        "basis_conv_fwd": (image, coefficients, basis, torch.empty(problem.out_channels, dtype=dtype)),
+        "basis_conv_bwd_coeff": (image, image, basis),
+        "basis_conv_bwd_basis": (image, image, coefficients),
+    }[problem.op]
+    with _compiling(capability) as compiled:
+        getattr(launch, problem.op)(plan, *operands)
+    return [_row(name, tile.name, layout, capability, result) for name, result in compiled]
+
+
+def compile_mlp(width: int, capability: int) -> list[Compiled]:
+    """Compile the MLP's two kernels for hidden layers of this width."""
+    widths = (2, width, width, 4)
+    weights = [torch.empty(b, a) for a, b in pairwise(widths)]
+    biases = [torch.empty(b) for b in widths[1:]]
+    with _compiling(capability) as compiled:
+        launch.coordinate_mlp_fwd(torch.empty(49, 2), weights, biases, "leaky_relu", True)
+        launch.coordinate_mlp_bwd(torch.empty(5, 49), torch.empty(49, 2), weights, biases, "gelu")
+    return [_row(name, f"width {width}", "", capability, result) for name, result in compiled]
+
+
+def _row(kernel: str, tile: str, layout: str, capability: int, result: Any) -> Compiled:
+    registers, stack = _resources(result.asm["cubin"])
+    tensor_core = len(re.findall(_TENSOR_CORE, result.asm["ptx"]))
+    return Compiled(
+        kernel, tile, layout, capability, registers, stack, result.metadata.shared, tensor_core
+    )
+
+
+def compile_all(capability: int) -> list[Compiled]:
+    """Every configuration the planner can return, and the MLP at its narrowest and widest."""
+    rows = [row for width in (16, MLP_WIDTH) for row in compile_mlp(width, capability)]
+    for tile in tiles.ALL:
+        for layout in layouts(tile, capability):
+            rows += compile_tile(tile, capability, layout)
     return rows
 
 
+def faults(row: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel: spills, too much shared memory, no tensor cores."""
+    found = []
+    if row.spill_bytes:
+        found.append(f"{row.spill_bytes} bytes of local memory")
+    if row.shared > SHARED_MEMORY[row.capability]:
+        found.append(f"{row.shared} bytes of shared memory")
+    multiplies = row.kernel not in ("prepare_kernel", "mlp_kernel", "mlp_backward_kernel")
+    if multiplies and "-ieee-" not in row.tile and not row.tensor_core:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table for the capabilities named (all if none); 1 if any row is at fault."""
+    status = 0
+    for capability in map(int, arguments or map(str, CAPABILITIES)):
+        for row in compile_all(capability):
+            wrong = faults(row)
+            status |= bool(wrong)
+            print(row, *wrong, sep="  <- " if wrong else "", flush=True)
+    return status
+
+
 if __name__ == "__main__":
-    wanted = [int(a) for a in sys.argv[1:] if a.isdigit()] or list(CAPABILITIES)
-    names = [a for a in sys.argv[1:] if not a.isdigit()]
-    for tile in tiles.ALL:
-        if names and not any(name in tile.name for name in names):
-            continue
-        for capability in wanted:
-            for layout in LAYOUTS[tile.aligned]:
-                for row in compile_tile(tile, capability, layout):
-                    if row.kernel != "prepare_kernel":
-                        print(row, flush=True)
+    sys.exit(main(sys.argv[1:]))

@@ -104,7 +104,7 @@ def evaluate(
     gradients: int = 4,
     **choice: str,
 ) -> list[Tensor]:
-    """Output and gradients by the first `gradients` tensors, for the cotangent `weight` (ones if None)."""
+    """Output and gradients by the first `gradients` tensors, for the cotangent `weight` (or ones)."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     output = functional.basis_conv2d(lay_out(leaves[0], layout), *leaves[1:], *case.arguments, **choice)
     cotangent = torch.ones_like(output) if weight is None else lay_out(weight.to(output.dtype), layout)

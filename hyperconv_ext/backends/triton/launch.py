@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,13 @@ _REGISTERS = 255
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Every launch of this backend, in one place to be watched or compiled instead."""
-    kernel[(programs,)](*args, **options)
+    """Every launch of this backend, in one place to be watched or compiled instead.
+
+    On the device of its tensors, whatever the current device, and on that device's current stream.
+    """
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, **options)
 
 
 def _strides(tensor: Tensor) -> tuple[tuple[int, int, int, int], int]:
@@ -347,7 +353,7 @@ def coordinate_mlp_fwd(
         CONSTANT=constant,
         BW=block,
         BK=_MLP_TAPS,
-        num_warps=4,
+        num_warps=max(4, block // 8),  # at 64 wide, 4 warps have too few registers for the products
     )
     return basis
 
@@ -376,6 +382,6 @@ def coordinate_mlp_bwd(
         activation,
         BW=block,
         BK=_MLP_TAPS,
-        num_warps=4,
+        num_warps=max(4, block // 8),  # at 64 wide, 4 warps have too few registers for the products
     )
     return gradients

@@ -146,16 +146,20 @@ def mlp_backward_kernel(
                     tl.float32
                 )  # [BK, BW]
                 for above in tl.static_range(layers - target):
-                    depth: tl.constexpr = layers - 1 - above
                     hidden, h = _layer(
-                        coordinates, weights, biases, k, taps, widths, depth, activation, BW
+                        coordinates, weights, biases, k, taps, widths, layers - 1 - above, activation, BW
                     )
                     delta = delta * _slope(h, activation)
-                    if depth == target:
+                    if layers - 1 - above == target:
                         weight_gradient += tl.dot(tl.trans(delta), hidden, input_precision="ieee")
                         bias_gradient += tl.sum(delta, axis=0)
                     else:
-                        weight = _weight(weights[depth], widths[depth + 1], widths[depth], BW)
+                        weight = _weight(
+                            weights[layers - 1 - above],
+                            widths[layers - above],
+                            widths[layers - 1 - above],
+                            BW,
+                        )
                         delta = tl.dot(delta, weight, input_precision="ieee")
             valid = (i < widths[target + 1])[:, None] & (i < widths[target])[None, :]
             pointers = weight_gradients[target] + i[:, None] * widths[target] + i[None, :]

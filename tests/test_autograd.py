@@ -1,0 +1,169 @@
+"""Derivatives of every order, function transforms, torch.compile, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperconv_ext import HyperConv2d, functional
+from hyperconv_ext.geometry import Geometry
+from hyperconv_ext.problem import OPS
+
+BACKENDS = ("composite", "triton")
+GEOMETRIES = {
+    "plain": ((1, 1), (1, 1), (1, 1), 1),
+    "strided, dilated": ((2, 1), (1, 2), (1, 2), 1),
+    "same, groups": ((1, 1), "same", (1, 1), 2),
+}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _tensors(dtype: torch.dtype, groups: int = 1, device: str | torch.device = "cpu") -> list[Tensor]:
+    shapes = ((2, 4, 5, 4), (4, 4 // groups, 3), (3, 2, 3), (4,))
+    return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_gradcheck_and_gradgradcheck(geometry) -> None:
+    tensors = _tensors(torch.float64, geometry[-1])
+
+    def function(*operands: Tensor) -> Tensor:
+        return functional.basis_conv2d(*operands, *geometry, backend="composite")
+
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_third_derivatives(backend: str, device) -> None:
+    """The rule is closed: differentiate three times and compare with plain autograd."""
+
+    def third(name: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        tensors = _tensors(torch.float32, device=device)
+        value = functional.basis_conv2d(*tensors, padding=1, backend=name).pow(3).sum()
+        for _ in range(2):
+            grads = torch.autograd.grad(value, tensors, create_graph=True)
+            value = sum(grad.pow(2).sum() for grad in grads)
+        return list(torch.autograd.grad(value, tensors))
+
+    for actual, expected in zip(third(backend), third("reference"), strict=True):
+        # TF32 (on a GPU) enters at every order; elsewhere this is float32 rounding.
+        tolerance = 5e-2 if device.type == "cuda" else 1e-4
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, backend: str, device) -> None:
+    input, coefficients, basis, bias = _tensors(torch.float32, groups=2, device=device)
+    geometry = Geometry.conv((5, 4), (2, 3), (1, 1), "same", (1, 1), 2)
+    grad = torch.randn(2, 4, 5, 4, device=device, requires_grad=True)
+    operands = {
+        "basis_conv_fwd": (input, coefficients, basis, bias),
+        "basis_conv_bwd_input": (grad, coefficients, basis),
+        "basis_conv_bwd_coeff": (grad, input, basis),
+        "basis_conv_bwd_basis": (grad, input, coefficients),
+    }[op]
+    sizes = (geometry.input_size, geometry.output_size, geometry.kernel_size)
+    steps = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    operator = getattr(torch.ops.hyperconv_ext, op).default
+    torch.library.opcheck(operator, (*operands, *sizes, *steps, backend, "auto"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_norm", [None, "batch"])
+def test_compile_is_one_graph(backend: str, weight_norm: str | None, device) -> None:
+    conv = HyperConv2d(4, 6, 3, padding=1, backend=backend, weight_norm=weight_norm, device=device)
+    input = torch.randn(2, 4, 7, 6, device=device, requires_grad=True)
+    leaves = [input, *conv.parameters()]
+    expected = conv(input)
+    cotangent = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, leaves, cotangent)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    output = compiled(input)
+    torch.testing.assert_close(output, expected)
+    actual = torch.autograd.grad(output, leaves, cotangent)
+    for one, other in zip(actual, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor(dynamic: bool, device) -> None:
+    conv = HyperConv2d(4, 6, 3, padding=1, backend="composite", device=device)
+    compiled = torch.compile(conv, fullgraph=True, dynamic=dynamic)
+    for size in (6, 9):
+        input = torch.randn(2, 4, size, size, device=device)
+        torch.testing.assert_close(compiled(input), conv(input), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_transforms(backend: str, device) -> None:
+    """vmap of grad, jvp and jacfwd of grad agree with plain autograd on the reference."""
+    tensors = [t.detach() for t in _tensors(torch.float32, device=device)]
+    batch = torch.randn(3, *tensors[0].shape, device=device)
+    directions = tuple(torch.randn_like(t) for t in tensors)
+
+    def loss(name: str):
+        return lambda *operands: functional.basis_conv2d(*operands, padding=1, backend=name).pow(2).sum()
+
+    def transforms(name: str) -> list[Tensor]:
+        per_example = torch.func.vmap(
+            torch.func.grad(loss(name), argnums=(1, 2)), (0, None, None, None)
+        )(batch, *tensors[1:])
+        value, tangent = torch.func.jvp(loss(name), tuple(tensors), directions)
+        hessian = torch.func.hessian(loss(name), argnums=2)(*tensors)
+        return [*per_example, value, tangent, hessian]
+
+    for actual, expected in zip(transforms(backend), transforms("reference"), strict=True):
+        tolerance = 2e-2 if device.type == "cuda" else 1e-5
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@needs_gpu
+def test_cuda_graph() -> None:
+    """Capturable: no synchronisation, no allocation outside the caching allocator."""
+    conv = HyperConv2d(16, 32, 5, padding=2, device="cuda", dtype=torch.bfloat16, backend="triton")
+    input = torch.randn(4, 16, 20, 20, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        expected = conv(input)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = conv(input)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@needs_gpu
+def test_current_stream() -> None:
+    """Work queued behind a slow kernel on a side stream must see that kernel's result."""
+    conv = HyperConv2d(16, 16, 5, padding=2, device="cuda", backend="triton")
+    input = torch.randn(4, 16, 20, 20, device="cuda")
+    expected = conv(input)
+    late = torch.full_like(input, float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(input)
+        output = conv(late)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("allow", [False, True])
+def test_tf32_follows_the_frameworks_switch(allow: bool) -> None:
+    """Without TF32 the error is that of float32, with it that of an 11-bit significand."""
+    tensors = [t.detach() for t in _tensors(torch.float32, device="cuda")]
+    truth = functional.basis_conv2d(*(t.double() for t in tensors), backend="reference")
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow
+    try:
+        output = functional.basis_conv2d(*tensors, backend="triton")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    error = ((output.double() - truth).norm() / truth.norm()).item()
+    assert (1e-5 < error < 2e-3) if allow else error < 1e-6

@@ -1,0 +1,268 @@
+"""Tap coordinates; the coordinate MLP in PyTorch against its layers, and fused against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyperconv_ext import backends, ops, planner
+from hyperconv_ext.hypernet import CoordinateMLP, tap_coordinates
+
+from .oracle import relative_error
+
+ACTIVATIONS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
+    "leaky_relu": nn.LeakyReLU(0.1),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+    "sine": torch.sin,
+}
+WIDTHS = ((2, 16, 16, 4), (2, 5), (1, 7, 1, 3), (3, 64, 33))
+# A few roundings beside twice PyTorch's float32 error: values are O(1) and single sums can be exact.
+FEW_EPS = 8 * 2.0**-23
+fused_activations = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "coordinates", "expected"),
+    [
+        ((3,), "centered", [[-1], [0], [1]]),
+        ((4,), "centered", [[-1.5], [-0.5], [0.5], [1.5]]),
+        ((5,), "unit", [[-1], [-0.5], [0], [0.5], [1]]),
+        ((2, 3), "centered", [[-0.5, -1], [-0.5, 0], [-0.5, 1], [0.5, -1], [0.5, 0], [0.5, 1]]),
+        ((2, 3), "unit", [[-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]),
+        ((1, 2), "unit", [[0, -1], [0, 1]]),
+        ((2, 1, 2), "centered", [[-0.5, 0, -0.5], [-0.5, 0, 0.5], [0.5, 0, -0.5], [0.5, 0, 0.5]]),
+    ],
+)
+def test_tap_coordinates(kernel_size, coordinates, expected, device) -> None:
+    taps = tap_coordinates(kernel_size, coordinates, device, torch.float64)
+    torch.testing.assert_close(
+        taps, torch.tensor(expected, dtype=torch.float64, device=device), rtol=0, atol=0
+    )
+
+
+def test_bad_names_and_widths() -> None:
+    with pytest.raises(
+        ValueError, match=r"coordinates: expected .*'centered', 'unit', got 'polar'; pass"
+    ):
+        tap_coordinates((3, 3), "polar")
+    with pytest.raises(
+        ValueError, match=r"activation: expected one of .*sine, got 'swish'; pass .*hypernet="
+    ):
+        CoordinateMLP(2, activation="swish")
+    for hidden, features in (((16, 0), 4), ((16,), 0), ((-1,), 4)):
+        with pytest.raises(
+            ValueError, match=r"hidden_features.*num_features: expected positive.*got .*; pass"
+        ):
+            CoordinateMLP(2, hidden, features)
+
+
+@fused_activations
+def test_forward_is_that_of_a_sequential(activation: str, device) -> None:
+    mlp = CoordinateMLP(2, (16, 7), 5, activation, device, torch.float64)
+    assert mlp.widths == (2, 16, 7, 5)
+    coordinates = torch.randn(11, 2, device=device, dtype=torch.float64)
+    hidden = coordinates
+    for layer in mlp.layers:
+        hidden = ACTIVATIONS[activation](nn.functional.linear(hidden, layer.weight, layer.bias))
+    torch.testing.assert_close(mlp(coordinates), hidden)
+    basis = mlp.basis(coordinates, constant=True)
+    torch.testing.assert_close(basis[:-1], hidden.T)
+    assert torch.equal(basis[-1], torch.ones_like(basis[-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_parameters_are_evaluated_in_float32(dtype: torch.dtype, device) -> None:
+    mlp = CoordinateMLP(2, device=device).to(dtype)
+    coordinates = tap_coordinates((7, 7), "unit", device)
+    with torch.autocast(device.type, dtype):
+        features = mlp(coordinates)
+    assert features.dtype == torch.float32
+    assert relative_error(features, mlp.double()(coordinates.double())) < FEW_EPS
+
+
+def test_reset_parameters_draws_every_layer() -> None:
+    mlp = CoordinateMLP(2, (8,), 3)
+    before = [p.clone() for p in mlp.parameters()]
+    mlp.reset_parameters()
+    assert all((old != new).all() for old, new in zip(before, mlp.parameters(), strict=True))
+    torch.manual_seed(3)
+    mlp.reset_parameters()
+    torch.manual_seed(3)
+    layers = [nn.Linear(2, 8), nn.Linear(8, 3)]
+    fresh = [p for layer in layers for p in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(fresh, mlp.parameters(), strict=True))
+
+
+def _mlp(widths: tuple[int, ...], activation: str, device, dtype=torch.float32) -> CoordinateMLP:
+    """With biases and weights large enough that every activation bends."""
+    mlp = CoordinateMLP(widths[0], widths[1:-1], widths[-1], activation, device)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.mul_(1.5)
+    return mlp.to(dtype)
+
+
+def _split(mlp: CoordinateMLP) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
+
+
+def _phi(activation: str, constant: bool, backend: str) -> Callable[..., Tensor]:
+    """phi as a function of coordinates and (weights..., biases...)."""
+
+    def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
+        layers = len(parameters) // 2
+        weights, biases = parameters[:layers], parameters[layers:]
+        return ops.coordinate_mlp(coordinates, weights, biases, activation, constant, backend)
+
+    return function
+
+
+def _compare(measure: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
+    """`measure(backend, *tensors)` by the fused kernels, against float64 and PyTorch's own error."""
+    truth = measure("reference", *(t.double() for t in tensors))
+    own = measure("reference", *tensors)
+    actual = measure("triton", *tensors)
+    assert len(actual) == len(truth)
+    for index, (a, t, o) in enumerate(zip(actual, truth, own, strict=True)):
+        assert a.shape == t.shape and a.dtype == torch.float32
+        error, allowed = relative_error(a, t), 2 * relative_error(o, t) + FEW_EPS
+        assert error <= allowed, f"result {index}: relative error {error:.2e} > {allowed:.2e}"
+
+
+def _draw(widths: tuple[int, ...], activation: str, taps: int, device) -> list[Tensor]:
+    """[coordinates, weights..., biases...]."""
+    weights, biases = _split(_mlp(widths, activation, device))
+    coordinates = torch.randn(taps, widths[0], device=device)
+    return [coordinates, *(p.detach() for p in (*weights, *biases))]
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@fused_activations
+def test_fused_value_and_gradients(activation: str, widths: tuple[int, ...], device, poisoned) -> None:
+    for taps, constant in ((1, True), (7, False), (49, True)):
+        cotangent = torch.randn(widths[-1] + constant, taps, device=device)
+
+        def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+            leaves = [p.clone().requires_grad_() for p in parameters]
+            basis = _phi(activation, constant, backend)(coordinates, *leaves)  # noqa: B023
+            gradients = torch.autograd.grad(basis, leaves, cotangent.to(basis.dtype))  # noqa: B023
+            # A layer's two as one: a lone bias may be the difference of far larger terms.
+            pairs = zip(gradients[: len(leaves) // 2], gradients[len(leaves) // 2 :], strict=True)
+            return [basis.detach(), *(torch.cat([w, b.unsqueeze(1)], 1) for w, b in pairs)]
+
+        _compare(measure, _draw(widths, activation, taps, device))
+
+
+@fused_activations
+def test_fused_second_derivatives(activation: str, device) -> None:
+    tensors = _draw((2, 6, 4), activation, 9, device)
+    cotangent, *directions = (
+        torch.randn(shape, device=device) for shape in [(5, 9), *(t.shape for t in tensors[1:])]
+    )
+
+    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+        leaves = [p.clone().requires_grad_() for p in parameters]
+        v = cotangent.to(leaves[0].dtype).requires_grad_()
+        basis = _phi(activation, True, backend)(coordinates, *leaves)
+        first = torch.autograd.grad(basis, leaves, v, create_graph=True)
+        along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        return list(torch.autograd.grad(along, [v, *leaves], materialize_grads=True))
+
+    _compare(measure, tensors)
+
+
+@fused_activations
+def test_fused_forward_mode(activation: str, device) -> None:
+    tensors = _draw((2, 6, 4), activation, 9, device)
+    directions = [torch.randn_like(t) for t in tensors[1:]]
+
+    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+        tangents = tuple(d.to(coordinates.dtype) for d in directions)
+
+        def phi(*p: Tensor) -> Tensor:
+            return _phi(activation, True, backend)(coordinates, *p)
+
+        # Of all parameters, and of the last weight alone: the other tangents are then None.
+        last = len(parameters) // 2 - 1
+        every = torch.func.jvp(phi, parameters, tangents)
+        one = torch.func.jvp(
+            lambda w: phi(*parameters[:last], w, *parameters[last + 1 :]),
+            (parameters[last],),
+            (tangents[last],),
+        )
+        return [*every, one[1]]
+
+    _compare(measure, tensors)
+
+
+def test_fused_gradients_per_example(device) -> None:
+    tensors = _draw((2, 6, 4), "silu", 9, device)
+    count = 3
+    stacks = [torch.randn(count, *t.shape, device=device) for t in tensors[1:]]
+    cotangent = torch.randn(5, 9, device=device)
+
+    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+        def loss(*p: Tensor) -> Tensor:
+            return (_phi("silu", True, backend)(coordinates, *p) * cotangent).sum()
+
+        gradient = torch.func.grad(loss, argnums=tuple(range(len(parameters))))
+        return list(torch.func.vmap(gradient)(*parameters))
+
+    _compare(measure, [tensors[0], *stacks])
+
+
+def test_fused_takes_half_parameters(device, poisoned) -> None:
+    """Computed in float32 from them, gradients rounded to their dtype."""
+    mlp = _mlp((2, 16, 4), "gelu", device, torch.float16)
+    coordinates = tap_coordinates((5, 5), "unit", device)
+    basis = mlp.basis(coordinates, True, "triton")
+    cotangent = torch.randn_like(basis)
+    gradients = torch.autograd.grad(basis, list(mlp.parameters()), cotangent)
+    assert all(g.dtype == torch.float16 for g in gradients)
+    wide = _mlp((2, 16, 4), "gelu", device, torch.float64)
+    wide.load_state_dict(mlp.state_dict())
+    truth = wide.basis(coordinates.double(), True, "reference")
+    assert relative_error(basis, truth) < FEW_EPS
+    expected = torch.autograd.grad(truth, list(wide.parameters()), cotangent.double())
+    assert all(relative_error(a, b) < 2.0**-11 for a, b in zip(gradients, expected, strict=True))
+
+
+def test_who_evaluates_the_mlp(device) -> None:
+    """The kernels up to 64 wide; PyTorch beyond, in float64, on another backend: with the reason."""
+    machine = backends.describe(device)
+    assert planner.fused_mlp((2, 64, 4), "float32", machine, "triton") == (True, "")
+    for widths, dtype, backend, reason in (
+        ((2, 65, 4), "float32", "triton", "up to 64 wide, not 65"),
+        ((2, 16, 4), "float64", "triton", "not float64"),
+        ((2, 16, 4), "float32", "composite", "'composite' evaluates it by PyTorch"),
+    ):
+        fused, why = planner.fused_mlp(widths, dtype, machine, backend)
+        assert not fused and reason in why
+    assert planner.fused_mlp((2, 16, 4), "float32", backends.describe(torch.device("cpu")), "auto") == (
+        False,
+        "there is no fused kernel for cpu",
+    )
+    wide = _mlp((2, 65, 4), "sine", device)
+    coordinates = tap_coordinates((5, 5), "unit", device)
+    outputs = [wide.basis(coordinates, True, name) for name in ("triton", "reference")]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_opcheck(constant: bool, device) -> None:
+    weights, biases = _split(_mlp((2, 6, 4), "tanh", device))
+    coordinates = tap_coordinates((3, 4), "centered", device)
+    grad = torch.randn(4 + constant, 12, device=device, requires_grad=True)
+    operators = torch.ops.hyperconv_ext
+    torch.library.opcheck(
+        operators.coordinate_mlp_fwd.default, (coordinates, weights, biases, "tanh", constant)
+    )
+    torch.library.opcheck(
+        operators.coordinate_mlp_bwd.default, (grad, coordinates, weights, biases, "tanh")
+    )

@@ -1,0 +1,81 @@
+"""The memory contract: on a fused path nothing as large as W, and nothing R times the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hyperconv_ext import HyperConv2d
+
+
+def largest_allocation(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes of the largest single allocation that `work` makes, freed or not."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        try:
+            work()
+            torch.cuda.synchronize()
+            traces = torch.cuda.memory._snapshot()["device_traces"]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        return max(entry["size"] for trace in traces for entry in trace if entry["action"] == "alloc")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def _step(backend: str, channels: int, size: int, kernel: int, device: torch.device) -> int:
+    """Largest allocation of a training step after the first (compilation, caches)."""
+    conv = HyperConv2d(channels, channels, kernel, padding=kernel // 2, backend=backend, device=device)
+    input = torch.randn(1, channels, size, size, device=device)
+    input = input.contiguous(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn_like(input)
+
+    def work() -> None:
+        conv(input).backward(cotangent)
+
+    work()
+    return largest_allocation(work, device)
+
+
+def test_the_watch_sees_freed_memory(device) -> None:
+    assert largest_allocation(lambda: torch.empty(1000, device=device) + 1, device) >= 4000
+
+
+def test_no_weight(device) -> None:
+    """C_out * C_in * K is 60 times the activations here: only W (or its gradient) is that large."""
+    channels, size, kernel = 32, 8, 11
+    weight = channels * channels * kernel**2 * 4
+    assert _step("triton", channels, size, kernel, device) < weight
+    assert _step("reference", channels, size, kernel, device) >= weight
+
+
+def test_no_responses(device) -> None:
+    """z is R = 5 times the input; the composite backend forms it."""
+    channels, size, kernel = 8, 40, 5
+    responses = 5 * channels * size**2 * 4
+    assert _step("triton", channels, size, kernel, device) < responses
+    assert _step("composite", channels, size, kernel, device) >= responses
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_saved_for_backward(kernel: int, device) -> None:
+    """x, A, phi and the MLP's parameters, whatever the kernel size."""
+    conv = HyperConv2d(16, 16, kernel, padding=kernel // 2, backend="triton", device=device)
+    input = torch.randn(1, 16, 9, 9, device=device, requires_grad=True)
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        conv(input)
+    basis = 5 * kernel**2
+    parameters = sum(p.numel() for p in conv.parameters() if p is not conv.bias)
+    assert sum(saved) <= input.numel() + basis + parameters + conv.taps.numel()
