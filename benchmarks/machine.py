@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from itertools import accumulate
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hyperconv_ext import __version__, backends
+from hyperconv_ext.report import environment
 
 _GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit")
 
@@ -88,3 +91,9 @@ def _peak_cpu_memory(target: Callable[[], object]) -> int:
     changes = [event for event in events if event["name"] == "[memory]"]
     changes.sort(key=lambda event: event["args"]["Ev Idx"])
     return max(accumulate((change["args"]["Bytes"] for change in changes), initial=0))
+
+
+if __name__ == "__main__":
+    facts = describe() | {"commit": os.environ.get("COMMIT", "unknown")}
+    Path(sys.argv[1]).write_text(json.dumps(facts, indent=2) + "\n")
+    print(environment())

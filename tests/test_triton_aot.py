@@ -1,4 +1,4 @@
-"""Every configuration compiles for three GPU generations: no spill, on tensor cores, in shared memory."""
+"""Every configuration compiles for three GPU generations: unspilled, on tensor cores."""
 
 from __future__ import annotations
 

@@ -1,0 +1,54 @@
+# make test, make bench: set up a virtual environment, then test or measure. make gpu: see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup test bench lint aot gpu clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e ".[triton,test]"
+	touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The table of every kernel configuration compiled for sm_80, sm_90 and sm_100.
+aot: $(READY)
+	$(BIN)/python -m tests.aot
+
+# A machine with an NVIDIA GPU and its own torch and Triton, and no network. Each part has its own
+# limit, 8 minutes in all, and is reported even if an earlier one failed; the first failure is the
+# exit status. Results go to OUT.
+OUT ?= build/gpu
+COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+GPU_WORKERS ?= 8
+SANITIZED := tests/test_operators.py -k "triton and (3x3 or aligned) and geometries" -p no:cacheprovider
+gpu:
+	mkdir -p $(OUT)
+	@set -o pipefail; status=0; \
+	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee $(OUT)/$$name.log || { code=$$?; echo "== $$name: exit $$code"; [ $$status -ne 0 ] || status=$$code; }; }; \
+	part environment env COMMIT=$(COMMIT) $(PYTHON) -m benchmarks.machine $(OUT)/machine.json; \
+	part tests timeout -s INT 170 $(PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --ignore=tests/test_triton_aot.py --ignore=tests/test_examples.py --durations=10; \
+	part benchmarks timeout -s INT 210 $(PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q --benchmark-json=$(OUT)/benchmarks.json; \
+	part sanitizer timeout -s INT 90 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) -q -x; \
+	exit $$status
+
+gpu: SHELL := /bin/bash
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
