@@ -80,7 +80,11 @@ def _standard(shape: str, dtype: str, hyper: bool) -> tuple[dict[str, Tensor], E
 
 def _epsilon(case: Subject) -> float:
     dtype = case.input.dtype
-    tf32 = dtype == torch.float32 and case.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    tf32 = (
+        dtype == torch.float32
+        and case.device.type == "cuda"
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    )
     return _TF32_EPSILON if tf32 else torch.finfo(dtype).eps
 
 

@@ -124,8 +124,8 @@ def load_mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
             f"{path}: expected {len(images)} labels, one per image, got {len(labels)}; "
             f"take both files from one set"
         )
-    if not len(labels) or labels.max() >= CLASSES:
-        largest = int(labels.max()) if len(labels) else "none"
+    largest = max(labels.tolist(), default=None)
+    if largest is None or largest >= CLASSES:
         raise ValueError(f"{path}: expected labels 0 to {CLASSES - 1}, got {largest}; check the file")
     return images[:, None].float() / 255, labels
 

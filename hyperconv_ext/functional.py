@@ -25,7 +25,8 @@ def per_axis(name: str, value: int | Sequence[int], dims: int, minimum: int) -> 
     """
     expected = f"an integer or {dims} of them, each at least {minimum}"
     values = (value,) * dims if isinstance(value, int) else value
-    if isinstance(values, str) or not all(isinstance(v, int) for v in values):
+    numbers = isinstance(values, Sequence) and all(isinstance(v, int) for v in values)
+    if not numbers or isinstance(values, str):
         raise TypeError(f"{name}: expected {expected}, got {value!r}; pass integers")
     if len(values) != dims or min(values) < minimum:
         raise ValueError(f"{name}: expected {expected}, got {value!r}; pass {dims} in range")
@@ -65,34 +66,43 @@ def _shape(tensor: Tensor) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 
 
+def check_groups(groups: int) -> None:
+    """Raise ValueError unless `groups` is a positive integer."""
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
+
+
+def _check_tensor(name: str, tensor: object, device: torch.device | None = None) -> None:
+    """Raise unless `tensor` is a floating-point tensor, on `device` if that is given."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}; "
+            f"convert it with .to()"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name}: expected it on the input's device {device}, got {tensor.device}; "
+            f"move it with .to()"
+        )
+
+
 def _check_tensors(
     input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None, groups: int, dims: int
 ) -> None:
-    named = {"input": input, "coefficients": coefficients, "basis": basis}
-    if bias is not None:
-        named["bias"] = bias
+    _check_tensor("input", input)
+    named = {"coefficients": coefficients, "basis": basis} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
-            )
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}; "
-                f"convert it with .to()"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: expected it on the input's device {input.device}, got {tensor.device}; "
-                f"move it with .to()"
-            )
+        _check_tensor(name, tensor, input.device)
     if input.dim() not in (dims + 1, dims + 2):
         raise ValueError(
             f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
             f"got {_shape(input)}; add or remove axes"
         )
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
+    check_groups(groups)
     if coefficients.dim() != 3 or coefficients.shape[0] % groups:
         raise ValueError(
             f"coefficients: expected [C_out, C_in/groups, R] with C_out divisible by "
@@ -272,15 +282,18 @@ def hyper_conv2d(
     """
     size = per_axis("kernel_size", kernel_size, 2, 1)
     check_name("activation", activation, tuple(ACTIVATIONS))
-    _check_mlp(weights, biases, len(size))
+    _check_tensor("input", input)
+    _check_tensor("coefficients", coefficients, input.device)
+    _check_mlp(weights, biases, len(size), input)
     features = weights[-1].shape[0]
-    rank = coefficients.shape[-1]
+    rank = coefficients.shape[-1] if coefficients.dim() else 0
     if rank not in (features, features + 1):
         raise ValueError(
             f"coefficients: expected [C_out, C_in/groups, R] with R={features} (the MLP's "
             f"features) or {features + 1} (and a bias), got {_shape(coefficients)}; match them"
         )
-    taps = tap_coordinates(size, coordinates, input.device, weights[0].dtype)
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    taps = tap_coordinates(size, coordinates, input.device, dtype)
     basis = ops.coordinate_mlp(taps, weights, biases, activation, rank > features, backend)
     return basis_conv2d(
         input,
@@ -296,7 +309,7 @@ def hyper_conv2d(
     )
 
 
-def _check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int) -> None:
+def _check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int, input: Tensor) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(
             f"weights, biases: expected one of each per layer and at least one layer, got "
@@ -304,6 +317,13 @@ def _check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int) -
         )
     width = dims
     for index, (weight, offset) in enumerate(zip(weights, biases, strict=True)):
+        _check_tensor(f"weights[{index}]", weight, input.device)
+        _check_tensor(f"biases[{index}]", offset, input.device)
+        if (weight.dtype == torch.float64) != (input.dtype == torch.float64):
+            raise TypeError(
+                f"weights[{index}]: expected float64 if and only if the input is, got "
+                f"{weight.dtype} with input {input.dtype}; convert one of them"
+            )
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(
                 f"weights[{index}]: expected [features, {width}], got {_shape(weight)}; each layer "

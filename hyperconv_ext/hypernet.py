@@ -172,6 +172,10 @@ class TapBatchNorm(nn.Module):
         Raises:
             ValueError: one tap only, in training mode: it has no variance.
         """
+        with ops.without_autocast(basis.device):
+            return self._normalised(coefficients, basis, track)
+
+    def _normalised(self, coefficients: Tensor, basis: Tensor, track: bool) -> Tensor:
         rank, taps = basis.shape
         wide = coefficients.to(basis.dtype)
         if coefficients.shape[-1] < rank:
@@ -200,7 +204,8 @@ class TapBatchNorm(nn.Module):
         average = basis.mean(dim=1)
         centered = basis - average.unsqueeze(1)
         covariance = centered @ centered.T / basis.shape[1]
-        return coefficients @ average, ((coefficients @ covariance) * coefficients).sum(-1)
+        variance = ((coefficients @ covariance) * coefficients).sum(-1)
+        return coefficients @ average, variance.clamp_min(0)  # rounding may leave it just below
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .hypernet import CoordinateMLP, TapBatchNorm, tap_coordinates
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WEIGHT_NORMS = (None, "batch")
+_DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
 
 
 class _HyperConvNd(nn.Module):
@@ -68,9 +70,9 @@ class _HyperConvNd(nn.Module):
         self.weight_bias = weight_bias
         self.backend = backend
         factory = {"device": device, "dtype": dtype}
-        self.hypernet = hypernet or CoordinateMLP(
-            self.dims, hidden_features, num_features, activation, **factory
-        )
+        if hypernet is None:
+            hypernet = CoordinateMLP(self.dims, hidden_features, num_features, activation, **factory)
+        self.hypernet = hypernet
         self._place_taps(torch.empty(0, **factory))
         features = self._features_shape(num_features)
         shape = (out_channels, in_channels // groups)
@@ -101,8 +103,8 @@ class _HyperConvNd(nn.Module):
             return self._module_features().shape[1]
 
     def _module_features(self) -> Tensor:
-        parameter = next(self.hypernet.parameters(), None)
-        dtype = self.taps.dtype if parameter is None else parameter.dtype
+        tensors = chain(self.hypernet.parameters(), self.hypernet.buffers())
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.taps.dtype)
         features = self.hypernet(self.taps.to(dtype))
         taps = self.taps.shape[0]
         if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != taps:
@@ -116,14 +118,13 @@ class _HyperConvNd(nn.Module):
     def reset_parameters(self) -> None:
         """Draw parameters so that W has mean 0 and the standard deviation nn.ConvNd starts with.
 
-        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. Each column
-        of the coefficients is scaled by the root mean square of its basis function over the taps,
-        so that every function contributes alike, whatever the kernel size and activation; functions
-        that vanish on all taps take no share. With `weight_norm='batch'` the norm's scale sets the
-        deviation of W and the coefficients start at unit variance, as its running variance does.
+        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. All columns of
+        the coefficients are drawn with one deviation s, so that the variance of W, averaged over the
+        taps, is s^2 times the sum of the mean squares of the basis functions. An MLP whose features
+        all vanish on the taps (relu, few taps) is drawn again. With `weight_norm='batch'` the norm's
+        scale sets the deviation of W and the coefficients start at unit variance, as its running
+        variance does.
         """
-        if isinstance(self.hypernet, CoordinateMLP):
-            self.hypernet.reset_parameters()
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         deviation = bound / math.sqrt(3)
@@ -133,15 +134,24 @@ class _HyperConvNd(nn.Module):
                 self.weight_norm.weight.fill_(deviation)
                 self.weight_norm.bias.zero_()
                 deviation = 1.0
-            columns = self.coefficients.shape[-1]
-            power = self._basis("reference")[:columns].square().mean(dim=1)
-            live = power > 0
-            share = deviation / (power * live.sum()).sqrt()
-            share = torch.where(live, share, torch.zeros_like(share))
+            power = self._draw_basis()[: self.coefficients.shape[-1]].square().mean(dim=1).sum()
+            scale = deviation / power.sqrt()
+            scale = torch.where(power > 0, scale, torch.zeros_like(scale))
             self.coefficients.uniform_(-math.sqrt(3), math.sqrt(3))
-            self.coefficients.mul_(share.to(self.coefficients.dtype))
+            self.coefficients.mul_(scale.to(self.coefficients.dtype))
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound)
+
+    def _draw_basis(self) -> Tensor:
+        """phi of a fresh MLP, not zero on all taps; of another module as it is."""
+        if not isinstance(self.hypernet, CoordinateMLP):
+            return self._basis("reference")
+        for _ in range(_DRAWS):
+            self.hypernet.reset_parameters()
+            basis = self._basis("reference")
+            if basis.is_meta or basis[: self.coefficients.shape[-1]].any():
+                break
+        return basis
 
     def _basis(self, backend: str) -> Tensor:
         """phi `[R, K]`; its last row is the constant function when a bias or a norm needs it."""
@@ -222,8 +232,7 @@ class _HyperConvNd(nn.Module):
 
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    if groups < 1:
-        raise ValueError(f"groups: expected a positive integer, got {groups}; pass 1 or more")
+    functional.check_groups(groups)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels % groups:
             raise ValueError(

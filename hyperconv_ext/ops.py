@@ -13,6 +13,7 @@ autograd rule therefore serves all four, to any order, forward and reverse.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
         dtype=_name(first),
         device=backends.describe(first.device),
         aligned=all(c % granule == 0 for c in channels) and all(map(layout.aligned, activations)),
-        tf32=torch.backends.cudnn.allow_tf32,
+        # Follows the older switch `cudnn.allow_tf32` too, which cannot be read where they disagree.
+        tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -218,6 +220,13 @@ def form(
     return BasisConvFunction.apply(slot, geometry, backend, algorithm, bias, *tensors)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _for_autocast(tensor: Tensor) -> Tensor:
     """`tensor` in autocast's dtype where autocast is on, as it does for `F.convNd`."""
     device = tensor.device.type
@@ -244,9 +253,12 @@ def basis_conv(
     bias = None if bias is None else _for_autocast(bias)
     backend = planner.requested(backend)
     out_channels, _, rank = coefficients.shape
-    if backend == "auto" and planner.prefers_dense(input.device.type, geometry.taps, out_channels, rank):
+    if backend == algorithm == "auto" and planner.prefers_dense(
+        input.device.type, geometry.taps, out_channels, rank
+    ):
         backend = "reference"
     if backend == "reference":
+        planner.check_reference(algorithm)
         return reference.basis_conv(input, coefficients, basis, bias, geometry)
     return form(_GRAD, geometry, backend, algorithm, bias, input, coefficients, basis)
 
@@ -316,7 +328,7 @@ def _mlp_function(
 
     def function(*parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
-        with torch.autocast(coordinates.device.type, enabled=False):
+        with without_autocast(coordinates.device):
             return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
 
     return function

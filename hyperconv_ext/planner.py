@@ -47,6 +47,15 @@ def prefers_dense(device_kind: str, taps: int, out_channels: int, rank: int) -> 
     return taps <= 400 and taps * out_channels < 7 * rank * (taps + out_channels)
 
 
+def check_reference(algorithm: str) -> None:
+    """Raise PlanError unless the algorithm is left to the reference, which has but one."""
+    if algorithm != "auto":
+        raise PlanError(
+            f"algorithm={algorithm!r} is not one of backend='reference', which builds W and calls "
+            f"the library convolution; name another backend, or leave the algorithm 'auto'"
+        )
+
+
 def candidates(problem: Problem, backend: str, algorithm: str) -> list[tuple[str, str, str]]:
     """Every (backend, algorithm, reason it cannot run or '') that the two names admit."""
     rows = []

@@ -260,9 +260,10 @@ def test_opcheck(constant: bool, device) -> None:
     coordinates = tap_coordinates((3, 4), "centered", device)
     grad = torch.randn(4 + constant, 12, device=device, requires_grad=True)
     operators = torch.ops.hyperconv_ext
+    parameters = (weights, biases, "tanh")
     torch.library.opcheck(
-        operators.coordinate_mlp_fwd.default, (coordinates, weights, biases, "tanh", constant)
+        operators.coordinate_mlp_fwd.default, (coordinates, *parameters, constant, "triton")
     )
     torch.library.opcheck(
-        operators.coordinate_mlp_bwd.default, (grad, coordinates, weights, biases, "tanh")
+        operators.coordinate_mlp_bwd.default, (grad, coordinates, *parameters, "triton")
     )

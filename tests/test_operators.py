@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from hyperconv_ext import functional
+from hyperconv_ext import functional, ops
+from hyperconv_ext.geometry import Geometry
 
 from .conftest import backend_algorithms, dtypes_of
 from .oracle import CASES, NAMES, Case, check, draw, evaluate
@@ -97,3 +98,21 @@ def test_nothing_to_compute(backend: str, empty: str, device) -> None:
     output.sum().backward()
     assert basis.grad is not None and not basis.grad.any()
     assert coefficients.grad is not None and coefficients.grad.shape == coefficients.shape
+
+
+def test_problem_follows_either_tf32_switch(device) -> None:
+    """The per-operator precision and the older boolean."""
+    tensors = draw(CASES[0], torch.float32, device)[:3]
+    geometry = Geometry.conv(CASES[0].size, CASES[0].kernel, (1, 1), (1, 1), (1, 1), 1)
+    conv, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
+    seen = []
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            seen.append(ops.problem_of(0, tensors, geometry).tf32)
+        for allow in (False, True):
+            torch.backends.cudnn.allow_tf32 = allow
+            seen.append(ops.problem_of(0, tensors, geometry).tf32)
+    finally:
+        conv.fp32_precision = before
+    assert seen == [False, True, False, True]

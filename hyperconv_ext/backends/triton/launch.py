@@ -367,7 +367,7 @@ def coordinate_mlp_bwd(
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, in one launch."""
     widths, block = _mlp_widths(coordinates, weights)
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (*weights, *biases)]
+    gradients = [tensor.new_empty(tensor.shape) for tensor in (*weights, *biases)]
     launch(
         mlp_backward_kernel,
         len(weights),
