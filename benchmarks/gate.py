@@ -15,7 +15,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d
+from hyperconv_ext import HyperConv2d, backends
 
 from .competitors import Subject, subject
 
@@ -80,11 +80,7 @@ def _standard(shape: str, dtype: str, hyper: bool) -> tuple[dict[str, Tensor], E
 
 def _epsilon(case: Subject) -> float:
     dtype = case.input.dtype
-    tf32 = (
-        dtype == torch.float32
-        and case.device.type == "cuda"
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    )
+    tf32 = dtype == torch.float32 and case.device.type == "cuda" and backends.tf32_allowed()
     return _TF32_EPSILON if tf32 else torch.finfo(dtype).eps
 
 

@@ -48,7 +48,7 @@ def describe() -> dict[str, str]:
         "multiprocessors": str(properties.multi_processor_count),
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "fp32": torch.backends.cudnn.conv.fp32_precision,
+        "fp32": "TF32" if backends.tf32_allowed() else "IEEE",
     }
     return facts | _driver_facts(str(properties.uuid))
 

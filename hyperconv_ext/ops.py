@@ -101,8 +101,7 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
         dtype=_name(first),
         device=backends.describe(first.device),
         aligned=all(c % granule == 0 for c in channels) and all(map(layout.aligned, activations)),
-        # Follows the older switch `cudnn.allow_tf32` too, which cannot be read where they disagree.
-        tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
+        tf32=backends.tf32_allowed(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -127,6 +126,20 @@ def _execute(slot: int, *args: Any) -> Tensor:
     return run(plan, *tensors, bias) if slot == _GRAD else run(plan, *tensors)
 
 
+def _call(
+    slot: int,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    bias: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    """The registered operator `OPS[slot]`."""
+    operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
+    operands = (*tensors, bias) if slot == _GRAD else tensors
+    return operator(*operands, *_flatten(geometry), backend, algorithm)
+
+
 class BasisConvFunction(torch.autograd.Function):
     """dS/d(slot) of the module docstring, differentiable to any order, and under `torch.func`."""
 
@@ -139,10 +152,8 @@ class BasisConvFunction(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
-        operands = (*tensors, bias) if slot == _GRAD else tensors
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*operands, *_flatten(geometry), backend, algorithm)
+            return _call(slot, geometry, backend, algorithm, bias, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -214,9 +225,7 @@ def form(
 ) -> Tensor:
     """dS/d(slot). Traced by `torch.compile` as the operator, run in eager mode as the Function."""
     if torch.compiler.is_compiling():
-        operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
-        operands = (*tensors, bias) if slot == _GRAD else tensors
-        return operator(*operands, *_flatten(geometry), backend, algorithm)
+        return _call(slot, geometry, backend, algorithm, bias, *tensors)
     return BasisConvFunction.apply(slot, geometry, backend, algorithm, bias, *tensors)
 
 

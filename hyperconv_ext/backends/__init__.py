@@ -20,6 +20,15 @@ from . import triton as triton_backend
 BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "composite": composite}
 
 
+def tf32_allowed() -> bool:
+    """Whether the framework lets float32 convolutions use TF32.
+
+    `cudnn.conv.fp32_precision` follows the older switch `cudnn.allow_tf32` too, which itself cannot be
+    read where convolutions and RNNs differ.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def describe(device: torch.device) -> Device:
     """The facts about `device` that planning needs."""
     if device.type != "cuda":

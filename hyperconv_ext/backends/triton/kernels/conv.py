@@ -9,6 +9,15 @@ from .rows import load_axes, output_pointers, patch_pointers, phase_band, unit_o
 
 
 @triton.jit
+def _split_program(out_blocks, unit_blocks, phases):
+    """This program's (output-channel block, unit block, phase, group), the first fastest."""
+    pid = tl.program_id(0)
+    rest = pid // out_blocks
+    phase = (rest // unit_blocks) % phases
+    return pid % out_blocks, rest % unit_blocks, phase, rest // (unit_blocks * phases)
+
+
+@triton.jit
 def _store_tile(
     y, bias, acc, strides, stride_c, axes, phase, units, m, group, o, size_o, TP: tl.constexpr
 ):
@@ -62,13 +71,7 @@ def basis_kernel(
     functions; otherwise it streams through in pieces of BP for each.
     """
     axes = load_axes(rows)
-    pid = tl.program_id(0)
-    block_o = pid % out_blocks
-    pid = pid // out_blocks
-    block_u = pid % unit_blocks
-    pid = pid // unit_blocks
-    phase = pid % phases
-    group = pid // phases
+    block_o, block_u, phase, group = _split_program(out_blocks, unit_blocks, phases)
 
     u = block_u * U + tl.arange(0, U)
     l = tl.arange(0, BP)
@@ -175,13 +178,7 @@ def direct_kernel(
     A tile is one output, so a patch position is a tap and a unit an output.
     """
     axes = load_axes(rows)
-    pid = tl.program_id(0)
-    block_o = pid % out_blocks
-    pid = pid // out_blocks
-    block_m = pid % unit_blocks
-    pid = pid // unit_blocks
-    phase = pid % phases
-    group = pid // phases
+    block_o, block_m, phase, group = _split_program(out_blocks, unit_blocks, phases)
 
     m = block_m * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
