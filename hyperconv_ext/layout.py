@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+# Elements. Triton knows of an integer argument whether it is a multiple of 16, or nothing: only then
+# does it read 16 bytes at a time.
+GRANULE = 16
+
 
 def channels_last(tensor: Tensor) -> bool:
     """Whether neighbouring channels of `tensor` are neighbours in memory, in any number of axes."""
@@ -28,9 +32,8 @@ def conform(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def aligned(tensor: Tensor) -> bool:
-    """Whether `tensor` is channels last and every position's channels start at a 16-byte boundary."""
+    """Whether `tensor` is channels last and every position starts at a multiple of `GRANULE`."""
     if not channels_last(tensor) or tensor.data_ptr() % 16:
         return False
-    granule = 16 // tensor.element_size()
     strides = (s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if s != 1 and n > 1)
-    return all(stride % granule == 0 for stride in strides)
+    return all(stride % GRANULE == 0 for stride in strides)

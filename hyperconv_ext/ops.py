@@ -88,8 +88,6 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
     """The numbers of operator `OPS[slot]` on `tensors`, for the planner."""
     in_channels, out_channels, rank = _channels(slot, tensors, geometry.groups)
     first = tensors[0]
-    granule = 16 // first.element_size()
-    channels = (in_channels // geometry.groups, out_channels // geometry.groups)
     activations = tensors[:1] if slot in (_GRAD, _INPUT) else tensors[:2]
     return Problem(
         op=OPS[slot],
@@ -100,7 +98,8 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
         rank=rank,
         dtype=_name(first),
         device=backends.describe(first.device),
-        aligned=all(c % granule == 0 for c in channels) and all(map(layout.aligned, activations)),
+        aligned=all(map(layout.aligned, activations))
+        and all(c // geometry.groups % layout.GRANULE == 0 for c in (in_channels, out_channels)),
         tf32=backends.tf32_allowed(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

@@ -35,7 +35,7 @@ class Problem:
     """One of the four operators on one shape.
 
     `aligned` says that every activation is channels last with channels (per group too) in multiples
-    of 16 bytes, so that kernels can read them 16 bytes at a time. `dtype` is the name of the compute
+    of `layout.GRANULE`, so that kernels read them 16 bytes at a time. `dtype` is the name of the compute
     type (`'bfloat16'`), `tf32` whether the framework's switches allow it for float32 convolutions,
     `deterministic` the state of `torch.use_deterministic_algorithms`.
     """

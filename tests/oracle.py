@@ -67,9 +67,10 @@ CASES = (
     Case("rank beyond taps", 1, 3, 4, 9, (6, 7), (2, 2)),
     Case("kernel beyond input", 1, 3, 4, 3, (3, 4), (7, 7), padding=3),
     Case("one output", 2, 3, 4, 3, (5, 5), (5, 5)),
-    Case("aligned", 2, 16, 24, 5, (9, 10), (5, 5), padding=2),
-    Case("aligned, large", 1, 24, 8, 5, (11, 10), (11, 11), padding=5),
-    Case("aligned, strided", 1, 8, 72, 3, (11, 12), (3, 3), stride=2, padding=1),
+    Case("aligned", 2, 16, 32, 5, (9, 10), (5, 5), padding=2),
+    Case("aligned, large", 1, 32, 16, 5, (7, 6), (11, 11), padding=5),
+    Case("aligned, strided", 1, 16, 80, 3, (11, 12), (3, 3), stride=2, padding=1),
+    Case("aligned groups", 1, 32, 32, 3, (6, 7), (5, 5), padding=2, groups=2),
 )
 
 

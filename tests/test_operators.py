@@ -11,7 +11,7 @@ from hyperconv_ext import functional, ops
 from hyperconv_ext.geometry import Geometry
 
 from .conftest import backend_algorithms, dtypes_of
-from .oracle import CASES, NAMES, Case, check, draw, evaluate
+from .oracle import CASES, NAMES, Case, check, draw, evaluate, lay_out
 
 LAYOUT_CASES = [case for case in CASES if case.name in ("3x3", "stride and dilation", "aligned")]
 
@@ -116,3 +116,21 @@ def test_problem_follows_either_tf32_switch(device) -> None:
     finally:
         conv.fp32_precision = before
     assert seen == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "layout", "aligned"),
+    [
+        (32, 1, "channels_last", True),
+        (32, 2, "channels_last", True),
+        (32, 4, "channels_last", False),
+        (24, 1, "channels_last", False),
+        (32, 1, "contiguous", False),
+        (32, 1, "sliced", False),
+    ],
+)
+def test_which_problems_are_aligned(channels: int, groups: int, layout: str, aligned: bool) -> None:
+    case = Case("", 1, channels, 32, 3, (6, 7), (3, 3), groups=groups)
+    input, coefficients, basis, _ = draw(case, torch.float32, torch.device("cpu"))
+    geometry = Geometry.conv(case.size, case.kernel, (1, 1), (0, 0), (1, 1), groups)
+    assert ops.problem_of(0, (lay_out(input, layout), coefficients, basis), geometry).aligned == aligned

@@ -39,10 +39,10 @@ def test_configuration(tile: tiles.Tile, device, poisoned) -> None:
     dtype = half if tile.number == "half" else torch.float32
     kernel = _kernel(tile)
     geometry = Geometry.conv((6, 7), kernel, (1, 1), "same", (1, 1), 1)
-    input = torch.randn(2, 24, 6, 7, device=device, dtype=dtype)
-    grad = torch.randn(2, 40, 6, 7, device=device, dtype=dtype)
+    input = torch.randn(2, 32, 6, 7, device=device, dtype=dtype)
+    grad = torch.randn(2, 48, 6, 7, device=device, dtype=dtype)
     input, grad = (t.contiguous(memory_format=torch.channels_last) for t in (input, grad))
-    coefficients = torch.randn(40, 24, 3, device=device, dtype=dtype)
+    coefficients = torch.randn(48, 32, 3, device=device, dtype=dtype)
     basis = torch.randn(3, *kernel, device=device, dtype=dtype)
     op = _RUNS[tile.kernel]
     operands = {
