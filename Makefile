@@ -17,7 +17,7 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q

@@ -138,7 +138,7 @@ _BASIS_GRADIENT = (
         _tile("basis_gradient", "half", 16, 8, 16, 32, patch, 8, 2, aligned=True)
         for patch in (32, 64, 128)
     ),
-    _tile("basis_gradient", "half", 16, 4, 16, 32, 32, 8, 2),
+    _tile("basis_gradient", "half", 16, 4, 16, 16, 32, 8, 2),
     *(_tile("basis_gradient", "tf32", 16, 8, 16, 32, patch, 8, 2, aligned=True) for patch in (32, 64)),
     _tile("basis_gradient", "tf32", 16, 4, 16, 32, 32, 8, 2),
     _tile("basis_gradient", "ieee", 16, 2, 16, 16, 16, 4, 1),
