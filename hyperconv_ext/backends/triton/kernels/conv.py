@@ -98,7 +98,8 @@ def basis_kernel(
                 mask=inside[:, :, None] & valid,
                 other=0.0,
             )
-            for r in tl.range(0, rank, num_stages=STAGES):
+        for r in tl.range(0, rank, num_stages=STAGES):
+            if RESIDENT:
                 weight = tl.load(bands + r * TP * patch_size + band_tile)
                 # [U, TP, BP] @ [U, BP, BC] -> [U, TP, BC]
                 z = tl.dot(
@@ -106,15 +107,7 @@ def basis_kernel(
                     patch,
                     input_precision=PRECISION,
                 )
-                z = tl.reshape(z.to(x.dtype.element_ty), (U * TP, BC))
-                a = tl.load(
-                    packed + (r * size_i + i) * size_o + packed_tile,
-                    mask=(i + c < size_i)[:, None] & (o < size_o)[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(z, a, acc, input_precision=PRECISION)  # [U*TP, BC] @ [BC, BO]
-        else:
-            for r in range(0, rank):
+            else:
                 z = tl.zeros((U, TP, BC), dtype=tl.float32)
                 for start in tl.range(0, patch_size, BP, num_stages=STAGES):
                     pointers, inside = patch_pointers(
@@ -132,13 +125,13 @@ def basis_kernel(
                         z,
                         input_precision=PRECISION,
                     )
-                z = tl.reshape(z.to(x.dtype.element_ty), (U * TP, BC))
-                a = tl.load(
-                    packed + (r * size_i + i) * size_o + packed_tile,
-                    mask=(i + c < size_i)[:, None] & (o < size_o)[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(z, a, acc, input_precision=PRECISION)
+            z = tl.reshape(z.to(x.dtype.element_ty), (U * TP, BC))
+            a = tl.load(
+                packed + (r * size_i + i) * size_o + packed_tile,
+                mask=(i + c < size_i)[:, None] & (o < size_o)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(z, a, acc, input_precision=PRECISION)  # [U*TP, BC] @ [BC, BO]
 
     m = block_u * U * TP + tl.arange(0, U * TP)
     _store_tile(y, bias, acc, strides_y, stride_yc, axes, phase, units, m, group, o, size_o, TP)
