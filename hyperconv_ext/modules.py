@@ -18,6 +18,7 @@ from .hypernet import CoordinateMLP, TapBatchNorm, tap_coordinates
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WEIGHT_NORMS = (None, "batch")
+_QUIET = 0.01  # of the mean power of the basis functions
 _DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
 
 
@@ -118,9 +119,10 @@ class _HyperConvNd(nn.Module):
     def reset_parameters(self) -> None:
         """Draw parameters so that W has mean 0 and the standard deviation nn.ConvNd starts with.
 
-        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. All columns of
-        the coefficients are drawn with one deviation s, so that the variance of W, averaged over the
-        taps, is s^2 times the sum of the mean squares of the basis functions. An MLP whose features
+        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. The columns of
+        the coefficients are scaled so that every basis function adds the same to the variance of W,
+        averaged over the taps; one far quieter than the rest adds less, lest its coefficients be
+        huge. An MLP whose features
         all vanish on the taps (relu, few taps) is drawn again. With `weight_norm='batch'` the norm's
         scale sets the deviation of W and the coefficients start at unit variance, as its running
         variance does.
@@ -134,9 +136,10 @@ class _HyperConvNd(nn.Module):
                 self.weight_norm.weight.fill_(deviation)
                 self.weight_norm.bias.zero_()
                 deviation = 1.0
-            power = self._draw_basis()[: self.coefficients.shape[-1]].square().mean(dim=1).sum()
-            scale = deviation / power.sqrt()
-            scale = torch.where(power > 0, scale, torch.zeros_like(scale))
+            power = self._draw_basis()[: self.coefficients.shape[-1]].square().mean(dim=1)
+            share = 1 / power.maximum(_QUIET * power.mean())
+            scale = deviation * (share / (share * power).sum()).sqrt()
+            scale = torch.where(power.sum() > 0, scale, torch.zeros_like(scale))
             self.coefficients.uniform_(-math.sqrt(3), math.sqrt(3))
             self.coefficients.mul_(scale.to(self.coefficients.dtype))
             if self.bias is not None:
