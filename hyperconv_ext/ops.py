@@ -79,7 +79,7 @@ def _new_output(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Ten
     return first.new_empty((rank, *geometry.kernel_size), dtype=dtype)
 
 
-def _name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
     """The name of a tensor's dtype, as `Problem` has it."""
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -96,7 +96,7 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
         in_channels=in_channels,
         out_channels=out_channels,
         rank=rank,
-        dtype=_name(first),
+        dtype=dtype_name(first),
         device=backends.describe(first.device),
         aligned=all(map(layout.aligned, activations))
         and all(c // geometry.groups % layout.GRANULE == 0 for c in (in_channels, out_channels)),
@@ -259,12 +259,8 @@ def basis_conv(
     """
     input, coefficients = _for_autocast(input), _for_autocast(coefficients)
     bias = None if bias is None else _for_autocast(bias)
-    backend = planner.requested(backend)
     out_channels, _, rank = coefficients.shape
-    if backend == algorithm == "auto" and planner.prefers_dense(
-        input.device.type, geometry.taps, out_channels, rank
-    ):
-        backend = "reference"
+    backend = planner.resolve(backend, algorithm, input.device.type, geometry.taps, out_channels, rank)
     if backend == "reference":
         planner.check_reference(algorithm)
         return reference.basis_conv(input, coefficients, basis, bias, geometry)
@@ -345,7 +341,7 @@ def _mlp_function(
 def _mlp_is_fused(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> bool:
     widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
     device = backends.describe(coordinates.device)
-    return planner.fused_mlp(widths, _name(weights[0]), device, backend)[0]
+    return planner.fused_mlp(widths, dtype_name(weights[0]), device, backend)[0]
 
 
 def _mlp_backward(

@@ -47,6 +47,15 @@ def prefers_dense(device_kind: str, taps: int, out_channels: int, rank: int) -> 
     return taps <= 400 and taps * out_channels < 7 * rank * (taps + out_channels)
 
 
+def resolve(
+    backend: str, algorithm: str, device_kind: str, taps: int, out_channels: int, rank: int
+) -> str:
+    """As `requested`, and `'reference'` where `'auto'` builds W for the library convolution."""
+    name = requested(backend)
+    dense = name == algorithm == "auto" and prefers_dense(device_kind, taps, out_channels, rank)
+    return "reference" if dense else name
+
+
 def check_reference(algorithm: str) -> None:
     """Raise PlanError unless the algorithm is left to the reference, which has but one."""
     if algorithm != "auto":

@@ -21,13 +21,12 @@ class Device:
     """The machine as far as planning needs it.
 
     `capability` is the CUDA compute capability as one number (sm_90 is 90), 0 off the GPU; `processors`
-    counts its multiprocessors; `shared_memory` is the bytes one thread block may use.
+    counts its multiprocessors.
     """
 
     kind: str
     capability: int = 0
     processors: int = 1
-    shared_memory: int = 0
 
 
 @dataclass(frozen=True)

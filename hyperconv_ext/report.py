@@ -44,9 +44,8 @@ def explain(conv: HyperConv2d, input: Tensor) -> str:
     geometry = functional.conv_geometry(
         batched, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups
     )
-    if name == "auto" and planner.prefers_dense(
-        input.device.type, geometry.taps, conv.out_channels, basis.shape[0]
-    ):
+    numbers = (input.device.type, geometry.taps, conv.out_channels, basis.shape[0])
+    if planner.resolve(name, "auto", *numbers) == "reference":
         cheaper = f"cheaper than composite at {geometry.taps} taps on {input.device.type}"
         return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
     forward = ops.problem_of(0, (batched, coefficients, basis), geometry)
@@ -59,7 +58,7 @@ def _hypernet_line(conv: HyperConv2d, backend: str) -> str:
     if not isinstance(conv.hypernet, CoordinateMLP):
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
-    dtype = str(conv.coefficients.dtype).removeprefix("torch.")
+    dtype = ops.dtype_name(conv.coefficients)
     fused, reason = planner.fused_mlp(conv.hypernet.widths, dtype, device, backend)
     return "one fused kernel" if fused else f"PyTorch ({reason})"
 

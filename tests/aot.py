@@ -121,7 +121,7 @@ def _problem(tile: tiles.Tile, layout: str, capability: int) -> Problem:
         out_channels=channels,
         rank=tile.rank if tile.kernel == "direct" else 5,
         dtype=half if tile.number == "half" else "float32",
-        device=Device("cuda", capability, 132, SHARED_MEMORY[capability]),
+        device=Device("cuda", capability, 132),
         aligned=layout != "odd",
         tf32=tile.number == "tf32",
     )

@@ -1,7 +1,8 @@
 """The engines, and the machine they run on.
 
 A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, reason)`,
-`configure(problem, algorithm) -> Tile | None`, and one function per operator in `problem.OPS`.
+`configure(problem, algorithm) -> (tile or None, estimated seconds)`, and one function per operator in
+`problem.OPS`.
 """
 
 from __future__ import annotations
@@ -43,5 +44,4 @@ def _describe_cuda(index: int) -> Device:
         kind="cuda",
         capability=properties.major * 10 + properties.minor,
         processors=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )

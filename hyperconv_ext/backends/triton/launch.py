@@ -16,8 +16,16 @@ from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
 from .kernels.mlp import mlp_backward_kernel, mlp_kernel
 from .kernels.prepare import prepare_kernel
 from .kernels.rows import HEADER
-from .lattice import Lattice, best_lattice
-from .tiles import PATCH_GRANULE, Tile, padded_patch, round_up, split_basis, split_coefficients
+from .lattice import Lattice
+from .tiles import (
+    PATCH_GRANULE,
+    Tile,
+    lattice_of,
+    padded_patch,
+    round_up,
+    split_basis,
+    split_coefficients,
+)
 
 _PACK = 32  # channels per side of the blocks in which coefficients are rearranged
 _BAND = 64  # patch positions per program that writes bands
@@ -86,11 +94,8 @@ def _prepare(
     if coefficients is not None:
         out_channels, group_in, _ = coefficients.shape
         stride_o, stride_i, stride_r = coefficients.stride()
-        size_i, size_o, stride_g = (
-            group_in,
-            out_channels // groups,
-            out_channels // groups * stride_o,
-        )
+        size_i, size_o = group_in, out_channels // groups
+        stride_g = size_o * stride_o
         if transposed:
             size_i, size_o, stride_i, stride_o = size_o, size_i, stride_o, stride_i
         packed_rank = tile.rank if direct else rank
@@ -159,7 +164,7 @@ def _convolve(
     """Both `basis_conv_fwd` and `basis_conv_bwd_input` (`transposed`), by the planned algorithm."""
     problem, tile = plan.problem, plan.tile
     groups = problem.geometry.groups
-    lattice = best_lattice(problem.geometry, problem.batch, transposed, tile.positions)
+    lattice = lattice_of(problem, tile)
     workspace = _prepare(plan, lattice, basis, coefficients, transposed, source)
     size_i, size_o = source.shape[1] // groups, output.shape[1] // groups
     out_blocks = -(-size_o // tile.outputs)
@@ -239,7 +244,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     """
     problem, tile = plan.problem, plan.tile
     groups, rank = problem.geometry.groups, problem.rank
-    lattice = best_lattice(problem.geometry, problem.batch, False, tile.positions)
+    lattice = lattice_of(problem, tile)
     workspace = _prepare(plan, lattice, basis, None, False, input)
     size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
     in_blocks, out_blocks = -(-size_i // tile.channels), -(-size_o // tile.outputs)
@@ -282,7 +287,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     problem, tile = plan.problem, plan.tile
     geometry, rank = problem.geometry, problem.rank
     groups = geometry.groups
-    lattice = best_lattice(geometry, problem.batch, False, tile.positions)
+    lattice = lattice_of(problem, tile)
     workspace = _prepare(plan, lattice, None, coefficients, True, input)
     size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
     chunks = workspace.patch_size // tile.patch
