@@ -339,6 +339,8 @@ def _mlp_function(
 
 
 def _mlp_is_fused(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> bool:
+    if coordinates.requires_grad:  # the kernels differentiate by the parameters alone
+        return False
     widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
     device = backends.describe(coordinates.device)
     return planner.fused_mlp(widths, dtype_name(weights[0]), device, backend)[0]
@@ -372,8 +374,8 @@ def coordinate_mlp(
 ) -> Tensor:
     """phi `[R, K]` of the coordinate MLP; see `backends.reference.coordinate_mlp`.
 
-    Evaluated by the fused kernel where `planner.fused_mlp` says so, else by PyTorch. Differentiable
-    in the parameters, not in the coordinates.
+    Evaluated by the fused kernel where `planner.fused_mlp` says so and nobody asks for the gradient of
+    the coordinates, else by PyTorch.
     """
     backend = planner.requested(backend)
     if torch.compiler.is_compiling():

@@ -267,3 +267,15 @@ def test_opcheck(constant: bool, device) -> None:
     torch.library.opcheck(
         operators.coordinate_mlp_bwd.default, (grad, coordinates, *parameters, "triton")
     )
+
+
+def test_gradient_of_the_coordinates(device) -> None:
+    """The fused kernels do not have it, so it must come from PyTorch and not be lost."""
+    mlp = CoordinateMLP(2, device=device)
+
+    def gradient(backend: str) -> torch.Tensor:
+        points = tap_coordinates((3, 5), device=device).requires_grad_()
+        return torch.autograd.grad(mlp.basis(points, True, backend).square().sum(), points)[0]
+
+    assert gradient("triton").any()
+    torch.testing.assert_close(gradient("triton"), gradient("reference"))
