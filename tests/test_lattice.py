@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hyperconv_ext.backends.triton.lattice import Axis, best_lattice, lattice
+from hyperconv_ext.backends.lattice import Axis, best_lattice, lattice
 from hyperconv_ext.geometry import Geometry
 
 

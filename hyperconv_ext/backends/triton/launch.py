@@ -16,7 +16,7 @@ from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
 from .kernels.mlp import mlp_backward_kernel, mlp_kernel
 from .kernels.prepare import prepare_kernel
 from .kernels.rows import HEADER
-from .lattice import Lattice
+from ..lattice import Lattice
 from .tiles import (
     PATCH_GRANULE,
     Tile,

@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import Literal
 
 from ...problem import Problem
-from .lattice import Lattice, best_lattice
+from ..lattice import Lattice, best_lattice
+from ..shares import basis_shares, coefficient_shares
 
 Kernel = Literal["basis", "direct", "coefficients", "basis_gradient"]
 Number = Literal["half", "tf32", "ieee"]
@@ -273,38 +274,21 @@ def choose(problem: Problem, algorithm: str) -> tuple[Tile, float]:
     return min(((tile, seconds(problem, tile)) for tile in candidates), key=lambda pair: pair[1])
 
 
-def _wanted_splits(problem: Problem, programs: int, work: int) -> int:
-    """Shares of a sum that give every multiprocessor two programs, none of them empty."""
-    wanted = max(1, min(work, -(-2 * problem.device.processors // programs)))
-    return -(-work // -(-work // wanted))
-
-
 def split_coefficients(problem: Problem, tile: Tile) -> tuple[int, bool]:
-    """(splits, whether they are summed by atomic additions) of the coefficient gradient.
-
-    Shares with a slice each are summed in a fixed order, but `splits` slices of C_out * C_in/groups *
-    R numbers must stay smaller than W would be. Where that is too few to fill the machine, atomic
-    additions take over, unless deterministic algorithms are demanded.
-    """
+    """(splits, whether they are summed by atomic additions) of the coefficient gradient."""
     lattice = lattice_of(problem, tile)
     groups = problem.geometry.groups
     blocks_i = -(-(problem.in_channels // groups) // tile.channels)
     blocks_o = -(-(problem.out_channels // groups) // tile.outputs)
     work = lattice.phases * -(-lattice.units // tile.units)
-    wanted = _wanted_splits(problem, problem.rank * blocks_i * blocks_o * groups, work)
-    slices = max(1, (problem.geometry.taps - 1) // problem.rank)
-    if wanted <= slices:
-        return wanted, False
-    return (slices, False) if problem.deterministic else (wanted, True)
+    return coefficient_shares(problem, problem.rank * blocks_i * blocks_o * groups, work)
 
 
 def split_basis(problem: Problem, tile: Tile) -> int:
-    """Splits of the basis gradient: their slices, R * K numbers each, stay smaller than W."""
+    """Splits of the basis gradient."""
     lattice = lattice_of(problem, tile)
     groups = problem.geometry.groups
     blocks_i = -(-(problem.in_channels // groups) // tile.channels)
     work = lattice.phases * -(-lattice.units // tile.units) * blocks_i * groups
     chunks = padded_patch(lattice, tile) // tile.patch
-    wanted = _wanted_splits(problem, problem.rank * chunks, work)
-    weights = problem.out_channels * problem.in_channels // groups
-    return min(wanted, max(1, (weights - 1) // (problem.rank * chunks)))
+    return basis_shares(problem, problem.rank * chunks, work, chunks)

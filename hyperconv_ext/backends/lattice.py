@@ -21,7 +21,7 @@ from functools import lru_cache
 from math import gcd, prod
 from typing import NamedTuple
 
-from ...geometry import Geometry
+from ..geometry import Geometry
 
 
 class Axis(NamedTuple):

@@ -1,0 +1,39 @@
+"""How the sums over all outputs are dealt out, within what the memory contract leaves for their slices.
+
+The coefficient and the basis gradient are such sums. Their work is dealt to blocks in fixed shares;
+each share's sum has a slice of its own in a workspace, and the slices are added up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from ..problem import Problem
+
+
+def _wanted(processors: int, programs: int, work: int) -> int:
+    """Shares that give every multiprocessor two programs, none of them empty."""
+    wanted = max(1, min(work, -(-2 * processors // programs)))
+    return -(-work // -(-work // wanted))
+
+
+def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int, bool]:
+    """(shares, whether they are summed by atomic additions) of the coefficient gradient.
+
+    `programs` run for each share; `work` is what can be shared. As many slices of C_out * C_in/groups * R
+    numbers must stay smaller than W would be. Where that is too few to fill the machine, atomic
+    additions take over, unless deterministic algorithms are demanded.
+    """
+    wanted = _wanted(problem.device.processors, programs, work)
+    slices = max(1, (problem.geometry.taps - 1) // problem.rank)
+    if wanted <= slices:
+        return wanted, False
+    if problem.deterministic:
+        return -(-work // -(-work // slices)), False
+    return wanted, True
+
+
+def basis_shares(problem: Problem, programs: int, work: int, pieces: int) -> int:
+    """Shares of the basis gradient; each has `pieces` slices of R * K numbers, in all less than W."""
+    weights = problem.out_channels * problem.in_channels // problem.geometry.groups
+    wanted = _wanted(problem.device.processors, programs, work)
+    shares = min(wanted, max(1, (weights - 1) // (problem.rank * pieces)))
+    return -(-work // -(-work // shares))
