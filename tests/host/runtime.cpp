@@ -1,0 +1,601 @@
+// In every variant: most of the tests' time is spent here.
+#pragma GCC optimize("O3")
+
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "cuda_runtime.h"
+#include "fiber.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace hyperconv_host {
+namespace {
+
+// Of an H100, as of every GPU since sm_70 except for the shared memory.
+constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;
+constexpr unsigned kThreadsAtMost = 1024, kBlockAtMost[3] = {1024, 1024, 64};
+constexpr unsigned kGridAtMost[3] = {0x7fffffff, 65535, 65535};
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+const char* base_name(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  return slash == nullptr ? path : slash + 1;
+}
+
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+std::string describe(Site site) { return text(base_name(site.file), ":", site.line); }
+
+// splitmix64
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  size_t below(size_t n) { return next() % n; }
+
+ private:
+  uint64_t state_;
+};
+
+// One lane's part in a collective; which of the pointers mean what is the collective's business.
+struct Operands {
+  const void *first, *second;
+  void* result;
+};
+struct Thread;
+
+struct Collective {
+  const char* name;
+  void (*perform)(Thread* const (&lanes)[kWarp]);
+};
+
+struct Copy {
+  void* shared;
+  const void* global;  // null: zeros
+};
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  Operands operands;
+  Site site;  // where it waits, or called what is being performed
+  std::vector<Copy> copies;
+};
+
+// Every lane runs once, in `order`, until each has come to a collective or a barrier or has exited.
+struct Warp {
+  Thread* lanes[kWarp];
+  int size;
+  int order[kWarp], running;  // an index into `order`
+  const Collective* collective;
+  Site site;  // of the first lane that came to a collective
+  int at_collective, at_barrier, exited;
+  bool differ;  // in their collectives
+};
+
+struct Block {
+  std::deque<Thread> threads;  // at least as many as the block has; they keep their stacks
+  size_t size;
+  std::vector<Warp> warps;
+  std::vector<Warp*> ready;  // for a barrier they have not come to
+  Warp* warp;                // that runs
+  Thread* thread;            // that runs
+  size_t at_barrier, exited;
+  Site barrier;  // where the first thread waits
+  bool barriers_differ;
+  unsigned char* shared;
+  size_t shared_bytes;
+};
+
+// One launch at a time; each uses all of this.
+std::mutex launching;
+std::map<const void*, size_t> allowed_shared_bytes;
+uint64_t launches = 0;
+Random rng(0);
+Block block;
+Fiber launcher;
+const Launch* launched;
+bool failed;
+std::string failure;
+const char* skipped_file;  // null: none
+size_t skipped_length;
+int skipped_line;
+
+thread_local cudaError_t last_error = cudaSuccess, detailed_error = cudaSuccess;
+thread_local std::string details;
+
+int report(cudaError_t error, std::string message) {
+  last_error = detailed_error = error;
+  details = std::move(message);
+  return error;
+}
+
+template <typename Coordinates>
+std::string describe(const Coordinates& c) {
+  return text("(", c.x, ", ", c.y, ", ", c.z, ")");
+}
+
+// Ends the launch. Its fibers are never continued.
+[[noreturn]] void fail(const Thread& thread, const std::string& message) {
+  failure = text("block ", describe(blockIdx), ", thread ", describe(thread.index), ": ", message);
+  failed = true;
+  block.thread->fiber.switch_to(launcher, true);
+  __builtin_unreachable();
+}
+
+void start_segment(Warp& warp) {
+  // Affine maps modulo 32 put any two lanes in either order equally often.
+  const uint64_t random = rng.next();
+  const int factor = static_cast<int>(random & 31) | 1, first = static_cast<int>(random >> 5 & 31);
+  int count = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    const int lane = (factor * i + first) % kWarp;
+    if (lane < warp.size) warp.order[count++] = lane;
+  }
+  warp.running = 0;
+  warp.collective = nullptr;
+  warp.at_collective = warp.at_barrier = warp.exited = 0;
+  warp.differ = false;
+}
+
+void perform(Warp& warp) {
+  if (warp.differ || warp.at_collective < kWarp) {
+    fail(*warp.lanes[warp.order[0]],
+         text("divergent collective: ", warp.at_collective, " lanes wait at ",
+              warp.differ ? "different collectives, one of them " : "", warp.collective->name, " (",
+              describe(warp.site), "), ", warp.at_barrier, " at a barrier, ", warp.exited,
+              " have exited, ", kWarp - warp.size, " never were"));
+  }
+  warp.collective->perform(warp.lanes);
+}
+
+// All threads of the block have come to a barrier or exited. Whether there is more to do.
+bool pass_barrier() {
+  if (block.exited == block.size) return false;
+  if (block.exited != 0 || block.barriers_differ) {
+    fail(*block.thread, text("divergent barrier: ", block.at_barrier, " threads wait at ",
+                             block.barriers_differ ? "different lines, one of them " : "",
+                             describe(block.barrier), ", ", block.exited, " have exited"));
+  }
+  block.at_barrier = 0;
+  for (Warp& warp : block.warps) block.ready.push_back(&warp);
+  return true;
+}
+
+// The thread to run next; null when the block is done.
+Thread* schedule() {
+  Warp* warp = block.warp;
+  if (warp != nullptr && ++warp->running == warp->size) {
+    if (warp->at_collective != 0) {
+      perform(*warp);
+      start_segment(*warp);
+    } else {
+      warp = nullptr;
+    }
+  }
+  if (warp == nullptr) {
+    if (block.ready.empty() && !pass_barrier()) return nullptr;
+    std::swap(block.ready[rng.below(block.ready.size())], block.ready.back());
+    warp = block.ready.back();
+    block.ready.pop_back();
+    start_segment(*warp);
+  }
+  block.warp = warp;
+  return warp->lanes[warp->order[warp->running]];
+}
+
+// Lets others run.
+void yield(bool forever = false) {
+  Thread* self = block.thread;
+  Thread* next = schedule();
+  if (next == self) return;
+  if (next != nullptr) {
+    block.thread = next;
+    threadIdx = next->index;
+  }
+  self->fiber.switch_to(next != nullptr ? next->fiber : launcher, forever);
+}
+
+__attribute__((no_sanitize("address"))) void run_thread() {
+  Fiber::entered();
+  std::string exception;
+  try {
+    launched->run(launched->arguments);
+  } catch (const std::exception& error) {
+    exception = error.what();
+    if (exception.empty()) exception = "without a message";
+  } catch (...) {
+    exception = "of an unknown type";
+  }
+  const Thread& self = *block.thread;
+  if (!exception.empty()) fail(self, "exception: " + exception);
+  if (!self.copies.empty()) {
+    fail(self, text("exited with ", self.copies.size(), " cp_async_16 that it never waited for"));
+  }
+  ++block.warp->exited;
+  ++block.exited;
+  yield(true);
+}
+
+void collect(const Collective& collective, const Operands& operands, Site site) {
+  Warp& warp = *block.warp;
+  block.thread->operands = operands;
+  block.thread->site = site;
+  if (warp.at_collective++ == 0) {
+    warp.collective = &collective;
+    warp.site = site;
+  } else if (warp.collective != &collective || !same(warp.site, site)) {
+    warp.differ = true;
+  }
+  yield();
+}
+
+[[noreturn]] void fail_at(const Thread& thread, const char* function, const std::string& message) {
+  fail(thread, text(function, " (", describe(thread.site), "): ", message));
+}
+
+void check_shared(const Thread& thread, const char* function, const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const auto begin = reinterpret_cast<uintptr_t>(block.shared);
+  if (address % 16 != 0) fail_at(thread, function, "shared memory address not a multiple of 16");
+  if (address < begin || address - begin + 16 > block.shared_bytes) {
+    fail_at(thread, function, text("16 bytes at offset ", static_cast<int64_t>(address - begin),
+                                   " of ", block.shared_bytes, " bytes of shared memory"));
+  }
+}
+
+void check_mask(unsigned mask, Site site) {
+  if (mask == 0xffffffffu) return;
+  block.thread->site = site;
+  fail_at(*block.thread, "warp collective", "only the mask of all lanes is implemented");
+}
+
+// PTX ISA, ldmatrix: row l % 8 of matrix l / 8 is at the address of lane l; lane l gets elements 2t and
+// 2t + 1 of row g, or of column g if transposed.
+template <bool kTranspose>
+void perform_ldmatrix(Thread* const (&lanes)[kWarp]) {
+  uint16_t matrix[4][8][8];
+  for (int l = 0; l < kWarp; ++l) {
+    const void* row = lanes[l]->operands.first;
+    check_shared(*lanes[l], kTranspose ? "ldmatrix_x4_trans" : "ldmatrix_x4", row);
+    std::memcpy(matrix[l / 8][l % 8], row, 16);
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    auto* d = static_cast<uint32_t*>(lanes[l]->operands.result);
+    const int g = l / 4, t = l % 4;
+    for (int m = 0; m < 4; ++m) {
+      const uint32_t low = kTranspose ? matrix[m][2 * t][g] : matrix[m][g][2 * t];
+      const uint32_t high = kTranspose ? matrix[m][2 * t + 1][g] : matrix[m][g][2 * t + 1];
+      d[m] = high << 16 | low;
+    }
+  }
+}
+
+using Row = float __attribute__((vector_size(32)));  // of c or b: 8 columns
+
+template <int kDepth>
+void multiply(Thread* const (&lanes)[kWarp], const float (&a)[16][kDepth], const Row (&b)[kDepth]) {
+  Row c[16];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto* from = static_cast<const float*>(lanes[l]->operands.result);
+    for (int i = 0; i < 4; ++i) c[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2] = from[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    Row sum = c[row];
+    for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k];
+    c[row] = sum;
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    auto* to = static_cast<float*>(lanes[l]->operands.result);
+    for (int i = 0; i < 4; ++i) to[i] = c[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+  }
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": two neighbours along k to a
+// register, a's rows g and g + 8 first, then k + 8.
+template <typename T, float (*kToFloat)(T)>
+void perform_mma_16(Thread* const (&lanes)[kWarp]) {
+  T a_numbers[16][16], b_numbers[16][8];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto* a_bits = static_cast<const uint32_t*>(lanes[l]->operands.first);
+    const auto* b_bits = static_cast<const uint32_t*>(lanes[l]->operands.second);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&a_numbers[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], a_bits + i, 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      b_numbers[2 * t + 8 * i][g].bits = static_cast<uint16_t>(b_bits[i]);
+      b_numbers[2 * t + 8 * i + 1][g].bits = static_cast<uint16_t>(b_bits[i] >> 16);
+    }
+  }
+  float a[16][16];
+  Row b[16];
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) a[row][k] = kToFloat(a_numbers[row][k]);
+  }
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < 8; ++n) b[k][n] = kToFloat(b_numbers[k][n]);
+  }
+  multiply<16>(lanes, a, b);
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k8", .tf32. The low 13 bits of a register are ignored.
+void perform_mma_tf32(Thread* const (&lanes)[kWarp]) {
+  constexpr uint32_t kTf32 = ~0x1fffu;
+  float a[16][8];
+  Row b[8];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto* a_bits = static_cast<const uint32_t*>(lanes[l]->operands.first);
+    const auto* b_bits = static_cast<const uint32_t*>(lanes[l]->operands.second);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = float_of(a_bits[i] & kTf32);
+    for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = float_of(b_bits[i] & kTf32);
+  }
+  multiply<8>(lanes, a, b);
+}
+
+struct ShuffleOperands {
+  uint32_t value;
+  int operand, width;
+};
+
+// PTX ISA, shfl.sync: the source lane from the operand's low five bits; a lane whose source lies beyond
+// its segment keeps its own value.
+template <Shuffle kKind>
+void perform_shuffle(Thread* const (&lanes)[kWarp]) {
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& own = *static_cast<const ShuffleOperands*>(lanes[l]->operands.first);
+    const int operand = own.operand & 31, segment = l & -own.width, last = segment + own.width - 1;
+    int source = segment | (operand & (own.width - 1));
+    if (kKind == Shuffle::kDown) source = l + operand;
+    if (kKind == Shuffle::kXor) source = l ^ operand;
+    if (source > last) source = l;
+    *static_cast<uint32_t*>(lanes[l]->operands.result) =
+        static_cast<const ShuffleOperands*>(lanes[source]->operands.first)->value;
+  }
+}
+
+constexpr Collective kSyncWarp{"__syncwarp", [](Thread* const (&)[kWarp]) {}};
+constexpr Collective kShuffles[] = {{"__shfl_sync", perform_shuffle<Shuffle::kIndex>},
+                                    {"__shfl_down_sync", perform_shuffle<Shuffle::kDown>},
+                                    {"__shfl_xor_sync", perform_shuffle<Shuffle::kXor>}};
+constexpr Collective kMma[] = {
+    {"mma_m16n8k16<__half>", perform_mma_16<__half, __half2float>},
+    {"mma_m16n8k16<__nv_bfloat16>", perform_mma_16<__nv_bfloat16, __bfloat162float>},
+    {"mma_m16n8k8_tf32", perform_mma_tf32}};
+constexpr Collective kLdmatrix[] = {{"ldmatrix_x4", perform_ldmatrix<false>},
+                                    {"ldmatrix_x4_trans", perform_ldmatrix<true>}};
+
+void run_block() {
+  std::unique_ptr<void, void (*)(void*)> shared(nullptr, std::free);
+  if (block.shared_bytes != 0) {
+    void* memory;
+    if (posix_memalign(&memory, 128, block.shared_bytes) != 0) throw std::bad_alloc();
+    std::memset(memory, 0xff, block.shared_bytes);
+    shared.reset(memory);
+  }
+  block.shared = static_cast<unsigned char*>(shared.get());
+  for (size_t i = 0; i < block.size; ++i) {
+    block.threads[i].fiber.prepare(run_thread, static_cast<int>(i));
+  }
+  block.ready.clear();
+  for (Warp& warp : block.warps) block.ready.push_back(&warp);
+  block.warp = nullptr;
+  block.at_barrier = block.exited = 0;
+  block.thread = schedule();
+  threadIdx = block.thread->index;
+  launcher.switch_to(block.thread->fiber);
+}
+
+void run_grid(const Launch& launch) {
+  const unsigned *grid = launch.grid, *shape = launch.block;
+  gridDim = dim3(grid[0], grid[1], grid[2]);
+  blockDim = dim3(shape[0], shape[1], shape[2]);
+  launched = &launch;
+  failed = false;
+  block.size = size_t{shape[0]} * shape[1] * shape[2];
+  block.shared_bytes = launch.shared_bytes;
+  while (block.threads.size() < block.size) block.threads.emplace_back();
+  block.warps.assign((block.size + kWarp - 1) / kWarp, Warp());
+  for (unsigned i = 0; i < block.size; ++i) {
+    Warp& warp = block.warps[i / kWarp];
+    warp.lanes[warp.size++] = &block.threads[i];
+    block.threads[i].index = {i % shape[0], i / shape[0] % shape[1], i / shape[0] / shape[1]};
+    block.threads[i].copies.clear();
+  }
+  std::vector<uint64_t> order(uint64_t{grid[0]} * grid[1] * grid[2]);
+  std::iota(order.begin(), order.end(), 0);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.below(i)]);
+  for (const uint64_t i : order) {
+    blockIdx = {static_cast<unsigned>(i % grid[0]), static_cast<unsigned>(i / grid[0] % grid[1]),
+                static_cast<unsigned>(i / grid[0] / grid[1])};
+    run_block();
+    if (failed) break;
+  }
+  if (failed) {
+    for (Thread& thread : block.threads) thread.fiber.forget_frames();
+  }
+}
+
+void read_environment() {
+  const char* seed = std::getenv("HYPERCONV_HOST_SEED");
+  rng = Random((seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10)) + launches++);
+  const char* skip = std::getenv("HYPERCONV_HOST_SKIP");
+  const char* colon = skip == nullptr ? nullptr : std::strchr(skip, ':');
+  skipped_file = colon == nullptr ? nullptr : skip;
+  skipped_length = colon == nullptr ? 0 : colon - skip;
+  skipped_line = colon == nullptr ? 0 : std::atoi(colon + 1);
+}
+
+bool skipped(Site site) {
+  if (skipped_file == nullptr || site.line != skipped_line) return false;
+  const char* file = base_name(site.file);
+  return std::strlen(file) == skipped_length &&
+         std::memcmp(file, skipped_file, skipped_length) == 0;
+}
+
+}  // namespace
+
+int launch(const Launch& launch) {
+  uint64_t threads = 1;
+  for (int d = 0; d < 3; ++d) {
+    if (launch.grid[d] == 0 || launch.grid[d] > kGridAtMost[d]) {
+      return report(cudaErrorInvalidConfiguration,
+                    text("invalid configuration: gridDim[", d, "] is ", launch.grid[d]));
+    }
+    if (launch.block[d] == 0 || launch.block[d] > kBlockAtMost[d]) {
+      return report(cudaErrorInvalidConfiguration,
+                    text("invalid configuration: blockDim[", d, "] is ", launch.block[d]));
+    }
+    threads *= launch.block[d];
+  }
+  if (threads > kThreadsAtMost) {
+    return report(cudaErrorInvalidConfiguration,
+                  text("invalid configuration: ", threads, " threads in a block"));
+  }
+  const std::lock_guard<std::mutex> lock(launching);
+  const auto allowed = allowed_shared_bytes.find(launch.kernel);
+  const size_t limit = allowed == allowed_shared_bytes.end() ? kSharedByDefault : allowed->second;
+  if (launch.shared_bytes > limit) {
+    return report(cudaErrorInvalidValue, text("invalid argument: ", launch.shared_bytes,
+                                              " bytes of shared memory where ", limit,
+                                              " are allowed"));
+  }
+  read_environment();
+  try {
+    run_grid(launch);
+  } catch (const std::exception& error) {
+    return report(cudaErrorLaunchFailure, error.what());
+  }
+  return failed ? report(cudaErrorLaunchFailure, failure) : cudaSuccess;
+}
+
+int allow_shared_bytes(const void* kernel, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kSharedAtMost) {
+    return report(cudaErrorInvalidValue, text("invalid argument: a maximum of ", bytes,
+                                              " bytes of shared memory; a block has at most ",
+                                              kSharedAtMost));
+  }
+  const std::lock_guard<std::mutex> lock(launching);
+  allowed_shared_bytes[kernel] = std::max<size_t>(bytes, kSharedByDefault);
+  return cudaSuccess;
+}
+
+void block_barrier(Site site) {
+  if (skipped(site)) return;
+  ++block.warp->at_barrier;
+  if (block.at_barrier++ == 0) {
+    block.barrier = site;
+    block.barriers_differ = false;
+  } else if (!same(block.barrier, site)) {
+    block.barriers_differ = true;
+  }
+  yield();
+}
+
+void warp_barrier(unsigned mask, Site site) {
+  check_mask(mask, site);
+  collect(kSyncWarp, {}, site);
+}
+
+uint32_t shuffle(Shuffle kind, unsigned mask, uint32_t value, int operand, int width, Site site) {
+  check_mask(mask, site);
+  const Collective& collective = kShuffles[static_cast<int>(kind)];
+  if (width < 1 || width > kWarp || (width & (width - 1)) != 0) {
+    block.thread->site = site;
+    fail_at(*block.thread, collective.name, text("width ", width, " is not a power of two up to 32"));
+  }
+  const ShuffleOperands own{value, operand, width};
+  uint32_t result;
+  collect(collective, {&own, nullptr, &result}, site);
+  return result;
+}
+
+void mma(Format format, float* c, const uint32_t* a, const uint32_t* b, Site site) {
+  collect(kMma[static_cast<int>(format)], {a, b, c}, site);
+}
+
+void ldmatrix(bool transpose, uint32_t* d, const void* row, Site site) {
+  collect(kLdmatrix[transpose], {row, nullptr, d}, site);
+}
+
+unsigned char* dynamic_shared() { return block.shared; }
+
+void copy_async(void* shared, const void* global, bool inside, Site site) {
+  Thread& self = *block.thread;
+  self.site = site;
+  check_shared(self, "cp_async_16", shared);
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail_at(self, "cp_async_16", "global memory address not a multiple of 16");
+  }
+  std::memset(shared, 0xff, 16);
+  self.copies.push_back({shared, inside ? global : nullptr});
+}
+
+void wait_for_copies() {
+  std::vector<Copy>& copies = block.thread->copies;
+  for (const Copy& copy : copies) {
+    if (copy.global == nullptr) {
+      std::memset(copy.shared, 0, 16);
+    } else {
+      std::memcpy(copy.shared, copy.global, 16);
+    }
+  }
+  copies.clear();
+}
+
+}  // namespace hyperconv_host
+
+cudaError_t cudaPeekAtLastError() { return hyperconv_host::last_error; }
+
+cudaError_t cudaGetLastError() {
+  return std::exchange(hyperconv_host::last_error, cudaSuccess);
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  using namespace hyperconv_host;
+  if (error == cudaSuccess) return "no error";
+  return error == detailed_error ? details.c_str() : "unspecified error";
+}
+
+namespace {
+thread_local int current_device = 0;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
