@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import backends, layout, planner
 from .backends import reference
+from .backends.cuda import schemas
 from .geometry import Geometry
 from .layout import new_activation
 from .problem import OPS, Problem
@@ -34,6 +36,9 @@ _GEOMETRY_SCHEMA = (
 )
 
 _library = torch.library.Library("hyperconv_ext", "DEF")
+_launches = torch.library.Library(schemas.NAMESPACE, "DEF")
+for _schema_of_launch in schemas.SCHEMAS:
+    _launches.define(_schema_of_launch)
 
 
 def _schema(slot: int) -> str:
@@ -338,12 +343,14 @@ def _mlp_function(
     return function
 
 
-def _mlp_is_fused(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> bool:
+def _mlp_engine(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> ModuleType | None:
+    """The backend that evaluates the MLP in one kernel; None for PyTorch."""
     if coordinates.requires_grad:  # the kernels differentiate by the parameters alone
-        return False
+        return None
     widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
     device = backends.describe(coordinates.device)
-    return planner.fused_mlp(widths, dtype_name(weights[0]), device, backend)[0]
+    name, _ = planner.mlp_backend(widths, dtype_name(weights[0]), device, backend)
+    return backends.BACKENDS[name] if name else None
 
 
 def _mlp_backward(
@@ -355,7 +362,7 @@ def _mlp_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...); differentiable where someone is recording."""
-    if torch.is_grad_enabled() or not _mlp_is_fused(coordinates, weights, backend):
+    if torch.is_grad_enabled() or _mlp_engine(coordinates, weights, backend) is None:
         constant = grad.shape[0] > weights[-1].shape[0]
         function = _mlp_function(coordinates, activation, constant, len(weights))
         return list(torch.func.vjp(function, *weights, *biases)[1](grad))
@@ -374,7 +381,7 @@ def coordinate_mlp(
 ) -> Tensor:
     """phi `[R, K]` of the coordinate MLP; see `backends.reference.coordinate_mlp`.
 
-    Evaluated by the fused kernel where `planner.fused_mlp` says so and nobody asks for the gradient of
+    Evaluated by the fused kernel where `planner.mlp_backend` says so and nobody asks for the gradient of
     the coordinates, else by PyTorch.
     """
     backend = planner.requested(backend)
@@ -393,7 +400,7 @@ def _mlp_forward(
     backend: str,
 ) -> Tensor:
     layers = len(weights)
-    if not _mlp_is_fused(coordinates, weights, backend):
+    if _mlp_engine(coordinates, weights, backend) is None:
         function = _mlp_function(coordinates, activation, constant, layers)
         return function(*weights, *biases)
     return CoordinateMLPFunction.apply(
@@ -402,16 +409,21 @@ def _mlp_forward(
 
 
 def _register_mlp() -> None:
-    engine = backends.BACKENDS["triton"]
-
     def forward_kernel(*args: Any) -> Tensor:
-        coordinates, weights, biases, activation, constant, backend = args
-        if _mlp_is_fused(coordinates, weights, backend):
-            return engine.coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
-        return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+        *operands, backend = args
+        engine = _mlp_engine(*operands[:2], backend)
+        evaluate = reference.coordinate_mlp if engine is None else engine.coordinate_mlp_fwd
+        return evaluate(*operands)
 
     def backward_kernel(*args: Any) -> list[Tensor]:
-        return engine.coordinate_mlp_bwd(*args[:-1])
+        grad, *operands, backend = args
+        engine = _mlp_engine(*operands[:2], backend)
+        if engine is None:
+            raise planner.PlanError(
+                f"coordinate_mlp_bwd: expected an MLP that a kernel of backend={backend!r} evaluates; "
+                f"differentiate coordinate_mlp_fwd instead"
+            )
+        return engine.coordinate_mlp_bwd(grad, *operands)
 
     def forward_fake(*args: Any) -> Tensor:
         coordinates, weights, _, _, constant, _ = args

@@ -108,10 +108,20 @@ def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Pl
     )
 
 
-def fused_mlp(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[bool, str]:
-    """Whether the coordinate MLP of these layer widths runs as one kernel, and why not."""
-    if backend not in ("auto", "triton"):
-        return False, f"backend={backend!r} evaluates it by PyTorch"
-    if backend == "auto" and device.kind != "cuda":
-        return False, f"there is no fused kernel for {device.kind}"
-    return BACKENDS["triton"].can_evaluate(widths, dtype, device)
+def mlp_backend(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[str, str]:
+    """(the backend whose kernel evaluates a coordinate MLP of these widths, why none does): one is ''."""
+    engines = {name: module for name, module in BACKENDS.items() if hasattr(module, "can_evaluate")}
+    if backend == "auto":
+        if device.kind != "cuda":
+            return "", f"there is no fused kernel for {device.kind}"
+    elif backend not in engines:
+        return "", f"backend={backend!r} evaluates it by PyTorch"
+    else:
+        engines = {backend: engines[backend]}
+    reasons = []
+    for name, module in engines.items():
+        ok, reason = module.can_evaluate(widths, dtype, device)
+        if ok:
+            return name, ""
+        reasons.append(f"{name}: {reason}")
+    return "", "; ".join(reasons)

@@ -59,8 +59,8 @@ def _hypernet_line(conv: HyperConv2d, backend: str) -> str:
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
     dtype = ops.dtype_name(conv.coefficients)
-    fused, reason = planner.fused_mlp(conv.hypernet.widths, dtype, device, backend)
-    return "one fused kernel" if fused else f"PyTorch ({reason})"
+    engine, reason = planner.mlp_backend(conv.hypernet.widths, dtype, device, backend)
+    return f"one fused kernel of {engine}" if engine else f"PyTorch ({reason})"
 
 
 def _operator_lines(problem: Problem, backend: str) -> list[str]:
@@ -89,6 +89,7 @@ def environment() -> str:
         f"python        {platform.python_version()}",
         f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         f"triton        {backends.BACKENDS['triton'].installed() or 'not installed'}",
+        f"cuda library  {backends.BACKENDS['cuda'].library.describe()}",
     ]
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

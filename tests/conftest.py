@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-# Before triton is imported: without a GPU its kernels are executed by the interpreter.
+from . import host_build
+
+# Before triton is imported and the CUDA library loaded: without a GPU, Triton's kernels are executed by
+# its interpreter and those of csrc/ by the host, built by its own compiler.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if shutil.which("g++") and "HYPERCONV_CUDA_LIBRARY" not in os.environ:
+        os.environ["HYPERCONV_CUDA_LIBRARY"] = str(host_build.build())
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 
 from hyperconv_ext import backends
+from hyperconv_ext.backends.cuda import library
+
+# The fused backends that can be tested here; pytest's header says what is missing.
+FUSED = ["triton"] if library.reason() else ["cuda", "triton"]
+
+
+def pytest_report_header() -> str:
+    if library.reason():
+        return f"backend cuda is NOT tested: {library.reason()}"
+    return f"backend cuda: {'executed by the host' if library.executes_on_cpu() else 'on the GPU'}"
 
 
 @pytest.fixture
@@ -41,13 +59,34 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def backend_algorithms() -> list[tuple[str, str]]:
     """Every (backend, algorithm) there is to test."""
-    return [(name, a) for name, module in backends.BACKENDS.items() for a in module.ALGORITHMS]
+    return [
+        (name, algorithm)
+        for name, module in backends.BACKENDS.items()
+        if name == "composite" or name in FUSED
+        for algorithm in module.ALGORITHMS
+    ]
 
 
 def dtypes_of(backend: str, device: torch.device) -> list[torch.dtype]:
     """The dtypes a backend can be tested in on this machine."""
     if backend == "composite":
         return [torch.float64, torch.float32, torch.bfloat16]
-    if device.type == "cuda":
-        return [torch.float32, torch.float16, torch.bfloat16]
-    return [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
+    if backend == "triton" and device.type == "cpu":
+        return [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
+    return [torch.float32, torch.float16, torch.bfloat16]
+
+
+@contextmanager
+def precision_of_the_framework(device: torch.device) -> Iterator[None]:
+    """Float32 products as the framework's own convolutions form them on this device: on the CPU in IEEE.
+
+    The switch that allows TF32 is about the GPU; csrc/ executed by the host would follow it.
+    """
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    if device.type == "cpu":
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -118,10 +118,15 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).norm() / norm).item()
 
 
-def check(name: str, actual: Tensor, truth: Tensor, own: Tensor) -> None:
-    """Fail unless `actual` is within 2x of the framework's error `own` and points the same way."""
+def check(
+    name: str, actual: Tensor, truth: Tensor, own: Tensor, floor: float | None = None
+) -> None:
+    """Fail unless `actual` is within 2x of the framework's error `own` and points the same way.
+
+    `floor`: allowed beside that, FLOOR of the dtype if not given.
+    """
     assert actual.shape == truth.shape
-    allowed = 2 * relative_error(own, truth) + FLOOR[own.dtype]
+    allowed = 2 * relative_error(own, truth) + (FLOOR[own.dtype] if floor is None else floor)
     error = relative_error(actual, truth)
     difference = (actual.double() - truth).abs()
     worst = torch.unravel_index(difference.nan_to_num(torch.inf).argmax(), difference.shape)

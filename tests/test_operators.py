@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from hyperconv_ext import functional, ops
 from hyperconv_ext.geometry import Geometry
 
-from .conftest import backend_algorithms, dtypes_of
+from .conftest import FUSED, backend_algorithms, dtypes_of, precision_of_the_framework
 from .oracle import CASES, NAMES, Case, check, draw, evaluate, lay_out
 
 LAYOUT_CASES = [case for case in CASES if case.name in ("3x3", "stride and dilation", "aligned")]
@@ -27,7 +28,8 @@ def _compare(case: Case, backend: str, algorithm: str, dtype: torch.dtype, layou
     truth = evaluate(case, wide, cotangent, "contiguous", gradients, backend="reference")
     own = evaluate(case, tensors, cotangent, "contiguous", gradients, backend="reference")
     choice = {"backend": backend, "algorithm": algorithm}
-    actual = evaluate(case, tensors, cotangent, layout, gradients, **choice)
+    with precision_of_the_framework(device) if backend == "cuda" else nullcontext():
+        actual = evaluate(case, tensors, cotangent, layout, gradients, **choice)
     for name, *values in zip(NAMES, actual, truth, own, strict=False):
         check(name, *values)
 
@@ -67,25 +69,28 @@ def test_output_follows_the_inputs_layout(backend: str, algorithm: str, device) 
     assert functional.basis_conv2d(*tensors, **choice).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_coefficient_gradient_sums_in_shares(deterministic: bool, device, poisoned) -> None:
+def test_coefficient_gradient_sums_in_shares(
+    deterministic: bool, backend: str, device, poisoned
+) -> None:
     """Enough outputs for several shares, in a workspace or by atomic additions."""
     case = Case("shares", 3, 4, 4, 3, (24, 20), (3, 3), padding=1)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        _compare(case, "triton", "basis", torch.float32, "channels_last", device)
+        _compare(case, backend, "basis", torch.float32, "channels_last", device)
         runs = []
         for _ in range(2):
             torch.manual_seed(1)
             tensors = draw(case, torch.float32, device)
-            runs.append(evaluate(case, tensors, None, "channels_last", backend="triton"))
+            runs.append(evaluate(case, tensors, None, "channels_last", backend=backend))
     finally:
         torch.use_deterministic_algorithms(False)
     if deterministic:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["composite", "triton"])
+@pytest.mark.parametrize("backend", ["composite", *FUSED])
 @pytest.mark.parametrize("empty", ["batch", "in_channels"])
 def test_nothing_to_compute(backend: str, empty: str, device) -> None:
     batch, channels = (0, 3) if empty == "batch" else (2, 0)

@@ -2,7 +2,8 @@
 
 A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, reason)`,
 `configure(problem, algorithm) -> (tile or None, estimated seconds)`, and one function per operator in
-`problem.OPS`.
+`problem.OPS`. One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the coordinate
+MLP: `coordinate_mlp_fwd`, `coordinate_mlp_bwd`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from types import ModuleType
 import torch
 
 from ..problem import Device
-from . import composite
+from . import composite, cuda
 from . import triton as triton_backend
 
-# In order of preference. `reference`, the oracle, is no backend of planned operators: it is plain
-# PyTorch, differentiated by autograd itself.
-BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "composite": composite}
+# In order of preference where estimates are equal or there are none, as for the coordinate MLP. A launch
+# through PyTorch's dispatcher does less on the host than one through Triton's. `reference`, the oracle,
+# is no backend of planned operators: it is plain PyTorch, differentiated by autograd itself.
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton_backend, "composite": composite}
 
 
 def tf32_allowed() -> bool:

@@ -1,0 +1,317 @@
+// basis_conv_fwd and basis_conv_bwd_input: y = A z with z = phi * x, one kernel for both.
+//
+// A warp owns kUnits units of 16 outputs. For 16 input channels and kRanks basis functions it forms
+//
+//   z_r [16 outputs, 16 channels] = band_r [16, patch] x [patch, 16 channels]      (tiles of 16 along the patch)
+//   y [16 outputs, out]          += z_r [16, 16] A_r [16, out]
+//
+// and z_r goes from the first product to the second in the registers that it was summed in.
+#include <type_traits>
+
+#include "launch.cuh"
+#include "responses.cuh"
+
+namespace hyperconv {
+namespace {
+
+template <class N>
+struct ConvParameters {
+  using Element = typename N::Element;
+  Lattice map;
+  Source<N> x;
+  const Element* bands;   // [bands, R, chunks] tiles
+  const Element* packed;  // [groups, in / 16, R, out tiles] tiles
+  const Element* bias;    // [out channels] or null
+  Element* y;
+  Strides y_strides;
+  int y_channels;  // per group
+  int rank, slice, halo_stages;
+  bool y_pairs;  // y's channels can be written two at a time
+};
+
+template <class N, int kOutTiles, int kRanks>
+struct ConvShared {
+  using Element = typename N::Element;
+  int halo_elements;
+  Element *halo, *coefficients, *bands;
+  int64_t* elements;  // of the halo's positions
+  int* patch_table;
+  int bytes;
+
+  __host__ __device__ __forceinline__ ConvShared(Arena arena, const ConvParameters<N>& p) {
+    const bool resident = p.slice >= p.map.chunks();
+    halo_elements = (p.map.halo() + 1) * kChannels;
+    halo = arena.take<Element>(p.halo_stages * halo_elements);
+    coefficients = arena.take<Element>(2 * kRanks * kOutTiles * kTileElements);
+    bands = arena.take<Element>((resident ? p.rank : 2 * kRanks) * p.slice * kTileElements);
+    elements = arena.take<int64_t>(p.map.halo());
+    patch_table = arena.take<int>(p.map.chunks() * 16);
+    bytes = arena.used();
+  }
+};
+
+// One step of the pipeline: input channels 16 c .., basis functions first .. first + kRanks - 1, slice of
+// the patch. `pass` counts the (c, first), `number` the steps.
+struct Step {
+  int c, first, slice, pass, number;
+};
+
+template <class N, int kOutTiles, int kRanks>
+class BasisConv {
+  using Element = typename N::Element;
+
+ public:
+  __device__ __forceinline__ explicit BasisConv(const ConvParameters<N>& p)
+      : p_(p),
+        chunks_(p.map.chunks()),
+        slices_(p.slice, chunks_),
+        shared_(Arena(ptx::dynamic_shared()), p),
+        channel_blocks_(ceil_div(p.x.channels, kChannels)),
+        out_tiles_(ceil_div(p.y_channels, 16 * kOutTiles) * kOutTiles) {
+    const int out_blocks = out_tiles_ / kOutTiles;
+    out_ = blockIdx.x % out_blocks * kOutTiles;
+    const int rest = blockIdx.x / out_blocks;
+    const int blocks = p.map.blocks() * p.map.phases();
+    block_ = locate(p.map, rest % blocks);
+    group_ = rest / blocks;
+  }
+
+  __device__ __forceinline__ void run() {
+    fill_element_table(shared_.elements, p_.map, block_, p_.x.strides);
+    fill_patch_table(shared_.patch_table, p_.map);
+    for (int c = 0; c < p_.halo_stages; ++c) fill_zero_row<N>(halo_of(c), p_.map);
+    if (resident()) copy_bands(shared_.bands, 0, p_.rank, 0);
+    __syncthreads();  // the tables
+
+    Step step = {0, 0, 0, 0, 0};
+    copy(step, true);
+    while (step.c < channel_blocks_) {
+      ptx::cp_async_wait_all();
+      __syncthreads();  // this step's data is there, and nobody reads the last step's any more
+      if (p_.halo_stages == 1 && enters_channels(step) && step.number > 0) {
+        copy_halo_of(step);
+        ptx::cp_async_wait_all();
+        __syncthreads();  // the only halo
+      }
+      const Step next = following(step);
+      if (next.c < channel_blocks_) copy(next, p_.halo_stages > 1);
+      compute(step);
+      step = next;
+    }
+    store();
+  }
+
+ private:
+  __device__ __forceinline__ bool resident() const { return slices_.count == 1; }
+  __device__ __forceinline__ bool enters_channels(const Step& s) const {
+    return s.first == 0 && s.slice == 0;
+  }
+
+  __device__ __forceinline__ Step following(Step s) const {
+    ++s.number;
+    if (++s.slice < slices_.count) return s;
+    s.slice = 0;
+    ++s.pass;
+    s.first += kRanks;
+    if (s.first < p_.rank) return s;
+    s.first = 0;
+    ++s.c;
+    return s;
+  }
+
+  __device__ __forceinline__ Halo<N> halo_of(int c) const {
+    return {shared_.halo + (p_.halo_stages == 1 ? 0 : c % 2 * shared_.halo_elements)};
+  }
+  __device__ __forceinline__ Element* coefficients_of(const Step& s) const {
+    return shared_.coefficients + s.pass % 2 * kRanks * kOutTiles * kTileElements;
+  }
+  // Bands of basis function s.first, those of the next `band_stride` tiles further.
+  __device__ __forceinline__ Element* bands_of(const Step& s) const {
+    const int tiles = resident() ? s.first * chunks_ : s.number % 2 * kRanks * p_.slice;
+    return shared_.bands + tiles * kTileElements;
+  }
+  __device__ __forceinline__ int band_stride() const { return resident() ? chunks_ : p_.slice; }
+
+  // Starts the copies of what `s` needs and the steps before it have not left in place.
+  __device__ __forceinline__ void copy(const Step& s, bool with_halo) {
+    if (with_halo && enters_channels(s)) copy_halo_of(s);
+    if (s.slice == 0) {
+      const int64_t tile =
+          ((group_ * channel_blocks_ + s.c) * p_.rank + s.first) * out_tiles_ + out_;
+      for (int j = 0; j < min(kRanks, p_.rank - s.first); ++j) {
+        copy_tiles<N>(coefficients_of(s) + j * kOutTiles * kTileElements,
+                      p_.packed + (tile + static_cast<int64_t>(j) * out_tiles_) * kTileElements,
+                      kOutTiles);
+      }
+    }
+    if (!resident()) copy_bands(bands_of(s), s.first, min(kRanks, p_.rank - s.first), s.slice);
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void copy_halo_of(const Step& s) {
+    const auto where = [&](int position, int64_t* element) {
+      *element = shared_.elements[position];
+      return *element >= 0;
+    };
+    copy_rows<N>(halo_of(s.c), p_.map.halo(), where, p_.x, group_, s.c * kChannels);
+  }
+
+  __device__ __forceinline__ void copy_bands(Element* shared, int first, int ranks, int slice) {
+    const int tiles = slices_.tiles(slice, chunks_);
+    for (int j = 0; j < ranks; ++j) {
+      const int64_t row = static_cast<int64_t>(block_.band) * p_.rank + first + j;
+      copy_tiles<N>(shared + j * band_stride() * kTileElements,
+                    p_.bands + (row * chunks_ + slice * p_.slice) * kTileElements, tiles);
+    }
+  }
+
+  __device__ __forceinline__ void compute(const Step& s) {
+    if (s.slice == 0) responses_.clear();
+    // Whole groups of basis functions run without a branch in the loop.
+    if (s.first + kRanks <= p_.rank) {
+      form_responses(s, kRanks);
+    } else {
+      form_responses(s, p_.rank - s.first);
+    }
+    if (s.slice + 1 == slices_.count) mix(s);
+  }
+
+  __device__ __forceinline__ void form_responses(const Step& s, int ranks) {
+    responses_.template accumulate<N, false>(
+        p_.map, halo_of(s.c), shared_.patch_table + s.slice * p_.slice * 16,
+        slices_.tiles(s.slice, chunks_), bands_of(s), band_stride(), ranks);
+  }
+
+  // y += z_r A_r.
+  __device__ __forceinline__ void mix(const Step& s) {
+    const Element* coefficients = coefficients_of(s);
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      if (s.first + j < p_.rank) {
+        Tile<N> z[kUnits];
+#pragma unroll
+        for (int m = 0; m < kUnits; ++m) z[m] = chain<N>(responses_.z[m][j]);
+#pragma unroll
+        for (int o = 0; o < kOutTiles; ++o) {
+          const auto weights = load_packed<N>(coefficients + (j * kOutTiles + o) * kTileElements);
+#pragma unroll
+          for (int m = 0; m < kUnits; ++m) {
+            multiply<N, Along::kColumns, Along::kRows>(y_[m][o], z[m], weights);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (int m = 0; m < kUnits; ++m) {
+      const int unit = unit_of_warp(m);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int64_t element;
+        const Offset at = output_offset(p_.map, unit * kUnit + product_row(2 * half));
+        if (!output_element(p_.map, block_, p_.y_strides, at, &element)) continue;
+#pragma unroll
+        for (int o = 0; o < kOutTiles; ++o) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            store_pair(element, (out_ + o) * 16 + product_column(n, 0), y_[m][o][n][2 * half],
+                       y_[m][o][n][2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Channels `channel` and `channel` + 1 of the group at `element`.
+  __device__ __forceinline__ void store_pair(int64_t element, int channel, float low,
+                                             float high) const {
+    if (channel >= p_.y_channels) return;
+    const int64_t absolute = static_cast<int64_t>(group_) * p_.y_channels + channel;
+    const bool both = channel + 1 < p_.y_channels;
+    if (p_.bias) {
+      low += ptx::to_float(p_.bias[absolute]);
+      if (both) high += ptx::to_float(p_.bias[absolute + 1]);
+    }
+    Element* y = p_.y + element + absolute * p_.y_strides.channel;
+    if (p_.y_pairs) {
+      struct alignas(2 * sizeof(Element)) Two {
+        Element low, high;
+      };
+      *reinterpret_cast<Two*>(y) = {ptx::from_float<Element>(low), ptx::from_float<Element>(high)};
+    } else {
+      y[0] = ptx::from_float<Element>(low);
+      if (both) y[p_.y_strides.channel] = ptx::from_float<Element>(high);
+    }
+  }
+
+  const ConvParameters<N>& p_;
+  const int chunks_;
+  const Slices slices_;
+  const ConvShared<N, kOutTiles, kRanks> shared_;
+  const int channel_blocks_, out_tiles_;
+  int out_;  // first output tile of the block, within the group
+  int group_;
+  Block block_;
+  Responses<kRanks> responses_;
+  float y_[kUnits][kOutTiles][2][4] = {};
+};
+
+template <class N, int kOutTiles, int kRanks>
+__global__ __launch_bounds__(256) void basis_conv_kernel(const __grid_constant__ ConvParameters<N> p) {
+  BasisConv<N, kOutTiles, kRanks>(p).run();
+}
+
+template <class N, int kOutTiles, int kRanks>
+cudaError_t run(const Lattice& map, const Choice& choice, const ConvArguments& a,
+                cudaStream_t stream) {
+  if (choice.ranks != kRanks) return cudaErrorInvalidValue;
+  using Element = typename N::Element;
+  ConvParameters<N> p = {};
+  p.map = map;
+  p.x = {static_cast<const Element*>(a.x.data), a.x.strides, a.x.channels, a.aligned};
+  p.bands = static_cast<const Element*>(a.bands);
+  p.packed = static_cast<const Element*>(a.packed);
+  p.bias = static_cast<const Element*>(a.bias);
+  p.y = static_cast<Element*>(a.y);
+  p.y_strides = a.y_strides;
+  p.y_channels = a.y_channels;
+  p.rank = a.rank;
+  p.slice = choice.slice;
+  p.halo_stages = choice.halo_stages;
+  p.y_pairs = a.aligned;
+  const ConvShared<N, kOutTiles, kRanks> shared(Arena(nullptr), p);
+  if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
+  const int64_t blocks = static_cast<int64_t>(a.groups) * map.phases() * map.blocks() *
+                         ceil_div(a.y_channels, 16 * kOutTiles);
+  return launch(basis_conv_kernel<N, kOutTiles, kRanks>, blocks, choice.warps * 32,
+                choice.shared_bytes, stream, p);
+}
+
+}  // namespace
+
+cudaError_t basis_conv(Number number, const Lattice& map, const Choice& choice,
+                       const ConvArguments& a, cudaStream_t stream) {
+  if (map.units() != choice.warps * kUnits) return cudaErrorInvalidValue;
+  return with_number(number, [&](auto n) {
+    using N = decltype(n);
+    if constexpr (std::is_same_v<N, Ieee>) {
+      // Ordinary units: one basis function at a time leaves room for what they fetch.
+      if (choice.out_tiles == 1) return run<N, 1, 1>(map, choice, a, stream);
+      if (choice.out_tiles == 4) return run<N, 4, 1>(map, choice, a, stream);
+    } else {
+      // Up to 16 output channels: the first and last levels of a U-Net.
+      if (choice.out_tiles == 1) return run<N, 1, 5>(map, choice, a, stream);
+      // 64: y takes 64 registers, z of the usual R = 5 all at once 80.
+      if (choice.out_tiles == 4) return run<N, 4, 5>(map, choice, a, stream);
+      // 128 halve how often z is formed: y takes 128 registers and leaves room for two z.
+      if constexpr (sizeof(typename N::Element) == 2) {
+        if (choice.out_tiles == 8) return run<N, 8, 2>(map, choice, a, stream);
+      }
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+}  // namespace hyperconv

@@ -1,0 +1,303 @@
+// basis_conv_bwd_basis: the gradient of the banded matrix, summed along its diagonals at the end.
+//
+//   u_r [16 outputs, 16 channels]  = g [16 outputs, out] A_r' [out, 16 channels]
+//   d band_r [16 outputs, patch]  += u_r [16, 16] x' [16 channels, patch]
+//   dphi_r(k)                      = sum of d band_r where tap k meets an output
+//
+// u_r goes from the first product to the second in the registers that it was summed in. A block sums its
+// share of outputs and input channels for kRanks basis functions and one piece of the patch.
+#include <type_traits>
+
+#include "launch.cuh"
+#include "responses.cuh"
+
+namespace hyperconv {
+namespace {
+
+constexpr int kPiece = 8;  // 16-row tiles of the patch whose gradients a block holds
+
+template <class N>
+struct BasisParameters {
+  using Element = typename N::Element;
+  Lattice map;
+  Source<N> g, x;
+  const Element* packed;  // [groups, out / 16, R, in / 16] tiles
+  float* partial;         // [splits, pieces, R, K]
+  int groups, rank, splits, halo_stages;
+};
+
+template <class N, int kOutTiles, int kRanks>
+struct BasisShared {
+  using Element = typename N::Element;
+  int halo_elements, grad_elements;
+  Element *halo, *grad, *coefficients;
+  Offset *halo_table, *output_table;
+  int* patch_table;
+  float* total;  // [kRanks, 16 outputs, piece], at the end, over the rest
+  int bytes;
+
+  __host__ __device__ __forceinline__ BasisShared(Arena arena, const BasisParameters<N>& p) {
+    Arena end = arena;
+    total = end.take<float>(kRanks * kUnit * 16 * kPiece);
+    halo_elements = (p.map.halo() + 1) * kChannels;
+    halo = arena.take<Element>(p.halo_stages * halo_elements);
+    grad_elements = p.map.units() * kUnit * 16 * kOutTiles;
+    grad = arena.take<Element>(2 * grad_elements);
+    coefficients = arena.take<Element>(2 * kRanks * kOutTiles * kTileElements);
+    halo_table = arena.take<Offset>(p.map.halo());
+    output_table = arena.take<Offset>(p.map.units() * kUnit);
+    patch_table = arena.take<int>(p.map.chunks() * 16);
+    bytes = max(arena.used(), end.used());
+  }
+};
+
+template <class N, int kOutTiles, int kRanks>
+class BasisGradient {
+  using Element = typename N::Element;
+  static constexpr int kOut = 16 * kOutTiles;
+
+ public:
+  __device__ __forceinline__ explicit BasisGradient(const BasisParameters<N>& p)
+      : p_(p),
+        pieces_(ceil_div(p.map.chunks(), kPiece)),
+        in_blocks_(ceil_div(p.x.channels, kChannels)),
+        out_tiles_(ceil_div(p.g.channels, 16)),
+        out_steps_(ceil_div(out_tiles_, kOutTiles)),
+        shared_(Arena(ptx::dynamic_shared()), p) {
+    int index = blockIdx.x;
+    const int rank_blocks = ceil_div(p.rank, kRanks);
+    first_ = index % rank_blocks * kRanks;
+    index /= rank_blocks;
+    piece_ = index % pieces_;
+    split_ = index / pieces_;
+    ranks_ = min(kRanks, p.rank - first_);
+    const int work = p.groups * p.map.blocks() * p.map.phases() * in_blocks_;
+    const int share = ceil_div(work, p.splits);
+    begin_ = split_ * share;
+    end_ = min(begin_ + share, work);
+  }
+
+  __device__ __forceinline__ void run() {
+    fill_halo_table(shared_.halo_table, p_.map);
+    fill_output_table(shared_.output_table, p_.map);
+    fill_patch_table(shared_.patch_table, p_.map);
+    for (int stage = 0; stage < p_.halo_stages; ++stage) fill_zero_row<N>(halo_of(stage), p_.map);
+    __syncthreads();  // the tables
+
+    int number = 0;
+    if (begin_ < end_) copy(begin_, 0, 0, true);
+    for (int item = begin_; item < end_; ++item) {
+      for (int out = 0; out < out_steps_; ++out, ++number) {
+        ptx::cp_async_wait_all();
+        __syncthreads();  // this step's data is there, and nobody reads the last step's any more
+        if (p_.halo_stages == 1 && out == 0 && item > begin_) {
+          copy_inputs(item);
+          ptx::cp_async_wait_all();
+          __syncthreads();  // the only halo
+        }
+        const bool last = out + 1 == out_steps_;
+        if (!last) {
+          copy(item, out + 1, number + 1, false);
+        } else if (item + 1 < end_) {
+          copy(item + 1, 0, number + 1, p_.halo_stages > 1);
+        }
+        gather(out, number);
+        if (last) correlate(item);
+      }
+    }
+    store();
+  }
+
+ private:
+  __device__ __forceinline__ int stage(int item) const {
+    return p_.halo_stages == 1 ? 0 : (item - begin_) % 2;
+  }
+  __device__ __forceinline__ Halo<N> halo_of(int stage) const {
+    return {shared_.halo + stage * shared_.halo_elements};
+  }
+  __device__ __forceinline__ Rows<N, kOut> grad_of(int number) const {
+    return {shared_.grad + number % 2 * shared_.grad_elements};
+  }
+  __device__ __forceinline__ Element* coefficients_of(int number) const {
+    return shared_.coefficients + number % 2 * kRanks * kOutTiles * kTileElements;
+  }
+
+  // Items: input channels fastest, then blocks of outputs, then groups.
+  __device__ __forceinline__ int channel_block(int item) const { return item % in_blocks_; }
+  __device__ __forceinline__ Block block(int item) const {
+    return locate(p_.map, item / in_blocks_ % (p_.map.blocks() * p_.map.phases()));
+  }
+  __device__ __forceinline__ int group(int item) const {
+    return item / in_blocks_ / (p_.map.blocks() * p_.map.phases());
+  }
+  __device__ __forceinline__ int step_tiles(int out) const {
+    return min(kOutTiles, out_tiles_ - out * kOutTiles);
+  }
+
+  __device__ __forceinline__ void copy(int item, int out, int number, bool with_inputs) {
+    if (with_inputs) copy_inputs(item);
+    const Block at = block(item);
+    const auto output = [&](int position, int64_t* element) {
+      return output_element(p_.map, at, p_.g.strides, shared_.output_table[position], element);
+    };
+    copy_rows<N>(grad_of(number), p_.map.units() * kUnit, output, p_.g, group(item), out * kOut);
+    for (int o = 0; o < step_tiles(out); ++o) {
+      const int64_t row = static_cast<int64_t>(group(item)) * out_tiles_ + out * kOutTiles + o;
+      for (int j = 0; j < ranks_; ++j) {
+        const int64_t tile = (row * p_.rank + first_ + j) * in_blocks_ + channel_block(item);
+        copy_tiles<N>(coefficients_of(number) + (o * kRanks + j) * kTileElements,
+                      p_.packed + tile * kTileElements, 1);
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void copy_inputs(int item) {
+    const Block at = block(item);
+    const auto input = [&](int position, int64_t* element) {
+      return input_element(p_.map, at, p_.x.strides, shared_.halo_table[position], element);
+    };
+    copy_rows<N>(halo_of(stage(item)), p_.map.halo(), input, p_.x, group(item),
+                 channel_block(item) * kChannels);
+  }
+
+  // u_r += g A_r', over the output channels of one step.
+  __device__ __forceinline__ void gather(int out, int number) {
+    if (out == 0) u_.clear();
+    const Rows<N, kOut> grad = grad_of(number);
+    const Element* coefficients = coefficients_of(number);
+    for (int o = 0; o < step_tiles(out); ++o) {
+      Tile<N> g[kUnits];
+#pragma unroll
+      for (int m = 0; m < kUnits; ++m) {
+        g[m] = load_plain<N>(grad, ConsecutiveRows{unit_of_warp(m) * kUnit}, 16 * o);
+      }
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) {
+        if (j < ranks_) {
+          const auto weights = load_packed<N>(coefficients + (o * kRanks + j) * kTileElements);
+#pragma unroll
+          for (int m = 0; m < kUnits; ++m) {
+            multiply<N, Along::kColumns, Along::kRows>(u_.z[m][j], g[m], weights);
+          }
+        }
+      }
+    }
+  }
+
+  // d band_r += u_r x', over this block's piece of the patch.
+  __device__ __forceinline__ void correlate(int item) {
+    const Halo<N> halo = halo_of(stage(item));
+    const int chunks = min(kPiece, p_.map.chunks() - piece_ * kPiece), zero = p_.map.halo();
+#pragma unroll
+    for (int m = 0; m < kUnits; ++m) {
+      Tile<N> u[kRanks];
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) u[j] = chain<N>(u_.z[m][j]);
+      const int first = unit_halo(p_.map, unit_of_warp(m));
+#pragma unroll
+      for (int chunk = 0; chunk < kPiece; ++chunk) {
+        if (chunk < chunks) {
+          const int* table = shared_.patch_table + (piece_ * kPiece + chunk) * 16;
+          const auto patch = load_plain<N>(halo, PatchRows{table, first, zero}, 0);
+#pragma unroll
+          for (int j = 0; j < kRanks; ++j) {
+            if (j < ranks_) {
+              multiply<N, Along::kColumns, Along::kColumns>(sum_[j][chunk], u[j], patch);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The warps' sums together, folded along the diagonals.
+  __device__ __forceinline__ void store() {
+    constexpr int kWidth = 16 * kPiece;
+    float* total = shared_.total;
+    sum_over_warps(total, [&](const auto& add) {
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) {
+#pragma unroll
+        for (int chunk = 0; chunk < kPiece; ++chunk) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int row = j * kUnit + product_row(i % 4);
+            add(row * kWidth + 16 * chunk + product_column(i / 4, i % 4),
+                sum_[j][chunk][i / 4][i % 4]);
+          }
+        }
+      }
+    });
+    const Axis *d = &p_.map.axis[0], *h = &p_.map.axis[1], *w = &p_.map.axis[2];
+    const int taps = d->kernel * h->kernel * w->kernel;
+    float* partial = p_.partial + static_cast<int64_t>(split_ * pieces_ + piece_) * p_.rank * taps;
+    for (int i = threadIdx.x; i < ranks_ * taps; i += blockDim.x) {
+      const int k = i % taps, j = i / taps;
+      const int k_w = k % w->kernel, k_h = k / w->kernel % h->kernel;
+      const int k_d = k / w->kernel / h->kernel;
+      float value = 0.0f;
+      for (int t = 0; t < kUnit; ++t) {
+        const int l_w = t % w->unit * w->stride + k_w;
+        const int l_h = t / w->unit % h->unit * h->stride + k_h;
+        const int l_d = t / w->unit / h->unit * d->stride + k_d;
+        const int l = (l_d * h->patch + l_h) * w->patch + l_w - piece_ * kWidth;
+        if (l >= 0 && l < kWidth) value += total[(j * kUnit + t) * kWidth + l];
+      }
+      partial[static_cast<int64_t>(first_ + j) * taps + k] = value;
+    }
+  }
+
+  const BasisParameters<N>& p_;
+  const int pieces_, in_blocks_, out_tiles_, out_steps_;
+  int first_, ranks_, piece_, split_, begin_, end_;
+  const BasisShared<N, kOutTiles, kRanks> shared_;
+  Responses<kRanks> u_;  // [outputs, channels] as z is
+  float sum_[kRanks][kPiece][2][4] = {};
+};
+
+template <class N, int kOutTiles, int kRanks>
+__global__ __launch_bounds__(256) void basis_gradient_kernel(
+    const __grid_constant__ BasisParameters<N> p) {
+  BasisGradient<N, kOutTiles, kRanks>(p).run();
+}
+
+template <class N, int kOutTiles, int kRanks>
+cudaError_t run(const Lattice& map, const Choice& choice, const BasisArguments& a,
+                cudaStream_t stream) {
+  using Element = typename N::Element;
+  if (choice.ranks != kRanks || choice.out_tiles != kOutTiles) return cudaErrorInvalidValue;
+  BasisParameters<N> p = {};
+  p.map = map;
+  p.g = {static_cast<const Element*>(a.g.data), a.g.strides, a.g.channels, a.aligned};
+  p.x = {static_cast<const Element*>(a.x.data), a.x.strides, a.x.channels, a.aligned};
+  p.packed = static_cast<const Element*>(a.packed);
+  p.partial = a.partial;
+  p.groups = a.groups;
+  p.rank = a.rank;
+  p.splits = a.splits;
+  p.halo_stages = choice.halo_stages;
+  const BasisShared<N, kOutTiles, kRanks> shared(Arena(nullptr), p);
+  if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
+  const int64_t blocks = static_cast<int64_t>(a.splits) * ceil_div(a.rank, kRanks) *
+                         basis_gradient_pieces(map);
+  return launch(basis_gradient_kernel<N, kOutTiles, kRanks>, blocks, choice.warps * 32,
+                choice.shared_bytes, stream, p);
+}
+
+}  // namespace
+
+int basis_gradient_pieces(const Lattice& map) { return ceil_div(map.chunks(), kPiece); }
+
+cudaError_t basis_gradient(Number number, const Lattice& map, const Choice& choice,
+                           const BasisArguments& a, cudaStream_t stream) {
+  if (map.units() != choice.warps * kUnits || map.bands() != 1) return cudaErrorInvalidValue;
+  return with_number(number, [&](auto n) {
+    using N = decltype(n);
+    // Two basis functions: the gradients of their bands take 128 registers.
+    constexpr int kRanks = std::is_same_v<N, Ieee> ? 1 : 2;
+    return run<N, 2, kRanks>(map, choice, a, stream);
+  });
+}
+
+}  // namespace hyperconv

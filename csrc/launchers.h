@@ -1,0 +1,106 @@
+// The launchers: one per kernel family, what library.cpp calls once it has checked the tensors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "lattice.h"
+
+namespace hyperconv {
+
+// How the operands are multiplied.
+enum class Number { kHalf, kBfloat16, kTf32, kIeee };
+
+// An activation of unknown element type; see Source in staging.cuh.
+struct Operand {
+  const void* data;
+  Strides strides;
+  int channels;  // per group
+};
+
+// Banded matrices and rearranged coefficients, written by one small launch before the others.
+struct PrepareArguments {
+  const float* basis;          // [R, K], or null: write no bands
+  void* bands;                 // [bands, R, chunks, 32 lanes, 8]
+  const void* coefficients;    // any strides, or null: write no coefficients
+  void* packed;                // [groups, in / 16, R, out_tiles, 32 lanes, 8]
+  int64_t stride_group, stride_in, stride_out, stride_rank;
+  int groups, in_channels, out_channels, out_tiles, rank;
+};
+cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& arguments,
+                    cudaStream_t stream);
+
+// Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).
+struct Choice {
+  int out_tiles;  // output channels of a block, in tiles of 16
+  int ranks;      // basis functions at a time
+  int warps;
+  int slice;        // 16-row tiles of the patch whose bands are in shared memory together
+  int halo_stages;  // halos in shared memory together
+  int shared_bytes;
+};
+
+struct ConvArguments {
+  Operand x;
+  const void* bands;
+  const void* packed;
+  const void* bias;  // [out channels], or null
+  void* y;
+  Strides y_strides;
+  int y_channels;  // per group
+  int groups, rank;
+  bool aligned;
+};
+cudaError_t basis_conv(Number number, const Lattice& map, const Choice& choice,
+                       const ConvArguments& arguments, cudaStream_t stream);
+
+struct CoefficientArguments {
+  Operand g, x;
+  const void* bands;
+  float* partial;  // [splits, C_out, C_in / groups, R]; [C_out, C_in / groups, R], zeros, if `atomic`
+  int groups, rank, splits;
+  bool atomic, aligned;
+};
+cudaError_t coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
+                                 const CoefficientArguments& arguments, cudaStream_t stream);
+
+struct BasisArguments {
+  Operand g, x;
+  const void* packed;
+  float* partial;  // [splits, patch pieces, R, K]
+  int groups, rank, splits;
+  bool aligned;
+};
+// Pieces of the patch, each with a sum of its own: a block holds the gradients of one.
+int basis_gradient_pieces(const Lattice& map);
+cudaError_t basis_gradient(Number number, const Lattice& map, const Choice& choice,
+                           const BasisArguments& arguments, cudaStream_t stream);
+
+// The coordinate MLP. widths[0] is D, widths[n + 1] the features of layer n.
+constexpr int kMaxLayers = 8, kMaxWidth = 64;
+
+enum class Activation { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
+
+struct MlpArguments {
+  const float* coordinates;        // [K, D]
+  const void* weight[kMaxLayers];  // [features, previous features]
+  const void* bias[kMaxLayers];    // [features]
+  int widths[kMaxLayers + 1];
+  int layers, taps;
+  Activation activation;
+  float slope;  // of the leaky ReLU
+};
+// basis: float32 [features + constant, K]; the last row is ones if `constant`.
+cudaError_t coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,
+                           cudaStream_t stream);
+// gradient: float32 [at least features, K]. The sums have the parameters' shapes and dtype.
+struct MlpGradients {
+  void* weight[kMaxLayers];
+  void* bias[kMaxLayers];
+};
+cudaError_t coordinate_mlp_backward(Number number, const MlpArguments& arguments,
+                                    const float* gradient, const MlpGradients& sums,
+                                    cudaStream_t stream);
+
+}  // namespace hyperconv

@@ -1,0 +1,158 @@
+// What the convolution kernels share: filling shared memory from global memory, and the tables that say
+// what lies where in it. All of a block's threads call these functions together.
+#pragma once
+
+#include "lattice.cuh"
+#include "tile.cuh"
+
+namespace hyperconv {
+
+constexpr int kChannels = 16;  // input channels of one step
+
+template <class N>
+using Halo = Rows<N, kChannels>;
+
+// One activation: its data, its strides, how many channels a group of it has.
+template <class N>
+struct Source {
+  const typename N::Element* data;
+  Strides strides;
+  int channels;  // per group
+  bool aligned;  // neighbouring channels are neighbours, and 16 bytes of them start at 16 bytes
+};
+
+// Hands out the block's shared memory piece by piece; without a base it only measures.
+class Arena {
+ public:
+  __host__ __device__ __forceinline__ explicit Arena(unsigned char* base) : base_(base) {}
+
+  template <typename T>
+  __host__ __device__ __forceinline__ T* take(int count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+    return piece;
+  }
+  __host__ __device__ int used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int used_ = 0;
+};
+
+// 16 bytes of channels from `channel` on (counted within the group) at `element`, or zeros.
+template <class N>
+__device__ __forceinline__ void copy_chunk(typename N::Element* shared, const Source<N>& source,
+                                           int64_t element, int64_t group, int channel,
+                                           bool inside) {
+  using Element = typename N::Element;
+  const int64_t first = element + (group * source.channels + channel) * source.strides.channel;
+  if (source.aligned) {
+    inside = inside && channel < source.channels;
+    ptx::cp_async_16(shared, source.data + (inside ? first : 0), inside);
+    return;
+  }
+  alignas(16) Element chunk[16 / sizeof(Element)];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(Element)); ++i) {
+    const bool present = inside && channel + i < source.channels;
+    chunk[i] = present ? source.data[first + i * source.strides.channel] : ptx::from_float<Element>(0);
+  }
+  *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
+}
+
+// Channels channel .. channel + kWidth - 1 of `count` positions, one a row. where(i, &element) gives the
+// element of position i, and whether it lies inside the activation.
+template <class N, int kWidth, class Where>
+__device__ __forceinline__ void copy_rows(const Rows<N, kWidth>& rows, int count, const Where& where,
+                                          const Source<N>& source, int64_t group, int channel) {
+  constexpr int kChunks = Rows<N, kWidth>::kChunks;
+  for (int i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
+    const int position = i / kChunks, chunk = i % kChunks;
+    int64_t element;
+    const bool inside = where(position, &element);
+    copy_chunk<N>(rows.chunk(position, chunk), source, element, group,
+                  channel + chunk * Rows<N, kWidth>::kPerChunk, inside);
+  }
+}
+
+// `count` packed tiles, consecutive in both memories.
+template <class N>
+__device__ __forceinline__ void copy_tiles(typename N::Element* shared,
+                                           const typename N::Element* global, int count) {
+  constexpr int kPerChunk = 16 / sizeof(typename N::Element);
+  for (int i = threadIdx.x; i < count * kTileElements / kPerChunk; i += blockDim.x) {
+    ptx::cp_async_16(shared + i * kPerChunk, global + i * kPerChunk, true);
+  }
+}
+
+// Positions of a halo or of outputs, relative to a block that changes from step to step.
+__device__ __forceinline__ void fill_halo_table(Offset* table, const Lattice& map) {
+  for (int i = threadIdx.x; i < map.halo(); i += blockDim.x) table[i] = halo_offset(map, i);
+}
+__device__ __forceinline__ void fill_output_table(Offset* table, const Lattice& map) {
+  for (int i = threadIdx.x; i < map.units() * kUnit; i += blockDim.x) table[i] = output_offset(map, i);
+}
+// The halo's positions as elements of the input, for a block that stays; -1 outside.
+__device__ __forceinline__ void fill_element_table(int64_t* table, const Lattice& map,
+                                                   const Block& block, const Strides& strides) {
+  for (int i = threadIdx.x; i < map.halo(); i += blockDim.x) {
+    int64_t element;
+    table[i] = input_element(map, block, strides, halo_offset(map, i), &element) ? element : -1;
+  }
+}
+__device__ __forceinline__ void fill_patch_table(int* table, const Lattice& map) {
+  for (int i = threadIdx.x; i < map.chunks() * 16; i += blockDim.x) table[i] = patch_halo(map, i);
+}
+
+// The halo's one row beyond its positions: zeros, which the padding of every patch reads.
+template <class N>
+__device__ __forceinline__ void fill_zero_row(const Halo<N>& halo, const Lattice& map) {
+  if (threadIdx.x < Halo<N>::kChunks) {
+    *reinterpret_cast<uint4*>(halo.chunk(map.halo(), threadIdx.x)) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Halo rows of 16 patch positions of one unit.
+struct PatchRows {
+  const int* table;  // of the 16 positions
+  int first;         // halo position of the unit's first input
+  int zero;          // of the row of zeros
+
+  __device__ __forceinline__ int operator()(int row) const {
+    const int offset = table[row];
+    return offset < 0 ? zero : first + offset;
+  }
+};
+
+// 16 consecutive rows.
+struct ConsecutiveRows {
+  int first;
+  __device__ __forceinline__ int operator()(int row) const { return first + row; }
+};
+
+// sum[i] = the sum over the block's warps, in their order, of value(i), for every i that they enumerate:
+// visit(add) calls add(i, value) for each. Warps may enumerate the same i in any order.
+template <class Visit>
+__device__ __forceinline__ void sum_over_warps(float* sum, const Visit& visit) {
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) / 32 == warp) {
+      visit([&](int i, float value) { sum[i] = warp == 0 ? value : sum[i] + value; });
+    }
+  }
+  __syncthreads();
+}
+
+// Bands in shared memory: all of them once where they fit, else slice by slice, two slices at a time.
+struct Slices {
+  int size;   // 16-row tiles of the patch in a slice
+  int count;  // slices of the patch
+
+  __device__ __forceinline__ Slices(int slice, int chunks)
+      : size(slice), count(ceil_div(chunks, slice)) {}
+  __device__ __forceinline__ int tiles(int slice, int chunks) const {
+    return min(size, chunks - slice * size);
+  }
+};
+
+}  // namespace hyperconv

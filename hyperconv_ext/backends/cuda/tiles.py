@@ -1,0 +1,346 @@
+"""Tile choices of the CUDA C++ kernels: pure functions from a problem to a frozen, named configuration.
+
+A `Kernel` is an instantiation that exists in csrc/; a `Tile` is a kernel with the shape of its blocks,
+which are run-time numbers there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+from ...problem import Problem
+from ..lattice import Axis, Lattice, lattice
+from ..shares import basis_shares, coefficient_shares
+
+Family = Literal["basis_conv", "coefficient_gradient", "basis_gradient"]
+Number = Literal["half", "tf32", "ieee"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One template instantiation: output channels of a block (or step) and basis functions at a time."""
+
+    family: Family
+    number: Number
+    outputs: int
+    ranks: int
+
+
+# What csrc/ instantiates; the reasons stand there, beside each.
+ALL = (
+    *(
+        Kernel("basis_conv", "half", outputs, ranks) for outputs, ranks in ((16, 5), (64, 5), (128, 2))
+    ),
+    *(Kernel("basis_conv", "tf32", outputs, 5) for outputs in (16, 64)),
+    *(Kernel("basis_conv", "ieee", outputs, 1) for outputs in (16, 64)),
+    *(
+        Kernel("coefficient_gradient", number, outputs, ranks)
+        for number in ("half", "tf32")
+        for outputs, ranks in ((16, 5), (64, 3))
+    ),
+    *(Kernel("coefficient_gradient", "ieee", outputs, 1) for outputs in (16, 64)),
+    *(Kernel("basis_gradient", number, 32, 2) for number in ("half", "tf32")),
+    Kernel("basis_gradient", "ieee", 32, 1),
+)
+MAX_RANK = 32
+
+_UNIT = 16  # outputs of a unit: the rows of a tensor-core operand
+_UNITS_PER_WARP = 2
+_CHANNELS = 16  # input channels of a step
+_TILE = 256  # elements of a 16x16 operand
+_PIECE = 8  # 16-row tiles of the patch in a piece of the basis gradient
+_WARPS = (8, 4, 2, 1)
+# 16-row tiles of the patch whose bands are loaded together where all of them do not fit.
+_SLICE = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel and the shape of its blocks.
+
+    `unit`: the 16 outputs of a unit as (depth, height, width); `grid`: the units of a block as (images,
+    depth, height, width); `slice`: 16-row tiles of the patch whose bands are in shared memory together;
+    `stages`: halos in shared memory together; `shared_bytes`: all that a block needs.
+    """
+
+    kernel: Kernel
+    unit: tuple[int, int, int]
+    grid: tuple[int, int, int, int]
+    slice: int
+    stages: int
+    shared_bytes: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return prod(self.grid) // _UNITS_PER_WARP
+
+    @property
+    def name(self) -> str:
+        """All of it, short enough for a table."""
+        kernel = f"{self.kernel.family}-{self.kernel.number}-o{self.kernel.outputs}-r{self.kernel.ranks}"
+        shapes = f"u{'x'.join(map(str, self.unit))}-g{'x'.join(map(str, self.grid))}"
+        return f"{kernel}-{shapes}-b{self.slice}-s{self.stages}-{self.shared_bytes}B"
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _size(count: int, width: int) -> int:
+    """Bytes of `count` elements of `width` bytes in shared memory, whose pieces start at 128."""
+    return _up(count * width, 128)
+
+
+def number(problem: Problem) -> Number:
+    """The arithmetic of the products: 16-bit operands, TF32, or IEEE float32."""
+    if problem.dtype in ("float16", "bfloat16"):
+        return "half"
+    return "tf32" if problem.tf32 else "ieee"
+
+
+def family(problem: Problem) -> Family:
+    """The kernel family of an operator."""
+    if problem.op == "basis_conv_bwd_coeff":
+        return "coefficient_gradient"
+    return "basis_gradient" if problem.op == "basis_conv_bwd_basis" else "basis_conv"
+
+
+def shared_memory(problem: Problem) -> int:
+    """Bytes of shared memory that a block may use (CUDA C++ Programming Guide, compute capabilities)."""
+    known = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
+    return known.get(problem.device.capability, 227) * 1024
+
+
+@dataclass(frozen=True)
+class Map:
+    """A lattice of units, grouped into blocks."""
+
+    units: Lattice
+    grid: tuple[int, int, int, int]
+
+    @property
+    def halo_shape(self) -> tuple[int, ...]:
+        """Inputs that the units of a block read along each axis."""
+        return tuple(
+            (count * axis.tile - 1) * axis.stride + axis.taps
+            for axis, count in zip(self.units.axes, self.grid[1:], strict=True)
+        )
+
+    @property
+    def halo(self) -> int:
+        """Inputs that a block reads, of all its images."""
+        return self.grid[0] * prod(self.halo_shape)
+
+    @property
+    def chunks(self) -> int:
+        """16-row tiles of a unit's patch."""
+        return -(-self.units.patch // 16)
+
+    @property
+    def axis_blocks(self) -> tuple[int, ...]:
+        """Blocks along the images and each axis, of one phase."""
+        counts = (self.units.batch, *(axis.tiles for axis in self.units.axes))
+        return tuple(-(-count // size) for count, size in zip(counts, self.grid, strict=True))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all phases."""
+        return prod(self.axis_blocks) * self.units.phases
+
+    def flatten(self) -> list[int]:
+        """The numbers in the order of `parse_lattice` in csrc/library.cpp."""
+        batch_blocks, *axis_blocks = self.axis_blocks
+        numbers: list[int] = []
+        rows = zip(self.units.axes, self.grid[1:], axis_blocks, self.halo_shape, strict=True)
+        for axis, count, blocks, halo in rows:
+            numbers += [*_fields(axis), axis.tile, count, blocks, axis.patch, halo]
+        return [*numbers, self.units.batch, self.grid[0], batch_blocks]
+
+
+def _fields(axis: Axis) -> tuple[int, ...]:
+    return (
+        axis.out_size,
+        axis.in_size,
+        axis.kernel,
+        axis.phases,
+        axis.step,
+        axis.stride,
+        axis.taps,
+        axis.scale,
+        axis.shift,
+        axis.divisor,
+        axis.inverse,
+        axis.residues,
+        axis.dilation,
+        axis.modulus,
+        axis.back,
+        axis.first,
+        axis.tap_step,
+    )
+
+
+def map_of(problem: Problem, unit: tuple[int, int, int], grid: tuple[int, int, int, int]) -> Map:
+    """The row map of `problem` in blocks of this shape."""
+    transposed = problem.op == "basis_conv_bwd_input"
+    return Map(lattice(problem.geometry, problem.batch, transposed, unit), grid)
+
+
+def channels(problem: Problem) -> tuple[int, int]:
+    """(in, out) channels per group of the operator as its kernel sees it."""
+    groups = problem.geometry.groups
+    pair = problem.in_channels // groups, problem.out_channels // groups
+    return pair[::-1] if problem.op == "basis_conv_bwd_input" else pair
+
+
+def shared_bytes(problem: Problem, kernel: Kernel, map: Map, slice: int, stages: int) -> int:
+    """The pieces of ConvShared, CoefficientShared and BasisShared in csrc/."""
+    width = 2 if kernel.number == "half" else 4
+    halo = _size(stages * (map.halo + 1) * _CHANNELS, width)
+    units = prod(map.grid)
+    tables = _size(map.halo, 8) + _size(map.chunks * 16, 4)
+    weights = _size(2 * kernel.ranks * (kernel.outputs // 16) * _TILE, width)
+    resident = slice >= map.chunks
+    if kernel.family == "basis_conv":
+        bands = _size((problem.rank if resident else 2 * kernel.ranks) * slice * _TILE, width)
+        return halo + weights + bands + tables
+    tables += _size(units * _UNIT, 8)
+    grad = units * _UNIT * kernel.outputs
+    if kernel.family == "coefficient_gradient":
+        bands = _size((1 if resident else 2) * kernel.ranks * slice * _TILE, width)
+        total = _size(kernel.ranks * _CHANNELS * kernel.outputs, 4)
+        return max(halo + _size(stages * grad, width) + bands + tables, total)
+    total = _size(kernel.ranks * _UNIT * 16 * _PIECE, 4)
+    return max(halo + _size(2 * grad, width) + weights + tables, total)
+
+
+# Per multiprocessor and clock. Leads from data sheets for ranking tiles, not promises of speed.
+_PRODUCT_CLOCKS: dict[Number, float] = {"half": 2, "tf32": 4, "ieee": 64}  # of a 16x8x16 product
+_SHARED_BYTES = 128
+_GLOBAL_BYTES = 32
+_CLOCK = 1.7e9
+_STEP_CLOCKS = 600  # barriers and latency of one pass of the main loop, divided by the blocks at hand
+_SETUP_CLOCKS = 3000  # tables, first loads, epilogue
+
+
+def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
+    """(shares of the sum over outputs, whether atomic) of a gradient; (1, False) for a convolution."""
+    kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
+    size_i, size_o = channels(problem)
+    blocks_i, groups = -(-size_i // _CHANNELS), problem.geometry.groups
+    rank_blocks = -(-problem.rank // kernel.ranks)
+    if kernel.family == "coefficient_gradient":
+        programs = rank_blocks * blocks_i * -(-size_o // kernel.outputs) * groups
+        return coefficient_shares(problem, programs, map.blocks)
+    if kernel.family == "basis_gradient":
+        pieces = basis_pieces(map)
+        work = map.blocks * blocks_i * groups
+        return basis_shares(problem, rank_blocks * pieces, work, pieces), False
+    return 1, False
+
+
+def basis_pieces(map: Map) -> int:
+    """Pieces of the patch that the basis gradient sums apart."""
+    return -(-map.chunks // _PIECE)
+
+
+def seconds(problem: Problem, tile: Tile) -> float:
+    """Estimated time of one launch: per pass the slowest of products, shared memory and global memory."""
+    kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
+    width = 512 if kernel.number == "half" else 1024  # bytes of a tile
+    size_i, size_o = channels(problem)
+    blocks_i, blocks_o = -(-size_i // _CHANNELS), -(-size_o // kernel.outputs)
+    tiles_o, groups = kernel.outputs // 16, problem.geometry.groups
+    rank, passes = problem.rank, -(-problem.rank // kernel.ranks)
+    units, chunks = _UNITS_PER_WARP, map.chunks
+    halo_bytes = map.halo * width // 16
+    band_bytes = width * chunks if tile.slice < chunks else 0  # per function, where streamed
+    count = shares(problem, tile)[0]
+    # Per pass over the outputs of a block: 16x16x16 products and tiles read by a warp, bytes loaded by
+    # the block, passes of the main loop; then how many blocks, and how many passes over outputs each.
+    if kernel.family == "basis_conv":
+        products = units * rank * (chunks + tiles_o)
+        reads = units * chunks * passes + rank * (chunks + tiles_o)
+        loads = halo_bytes + rank * (tiles_o * width + band_bytes)
+        steps = passes * -(-chunks // tile.slice)
+        blocks, repeats = map.blocks * blocks_o * groups, float(blocks_i)
+    elif kernel.family == "coefficient_gradient":
+        products = units * kernel.ranks * (chunks + tiles_o)
+        reads = units * (chunks + tiles_o) + kernel.ranks * chunks
+        loads = halo_bytes + units * tile.warps * tiles_o * width + kernel.ranks * band_bytes
+        steps = -(-chunks // tile.slice)
+        blocks = passes * blocks_i * blocks_o * groups * count
+        repeats = map.blocks / count
+    else:
+        piece = min(_PIECE, chunks)
+        products = units * kernel.ranks * (piece + tiles_o * blocks_o)
+        reads = units * piece + (units + kernel.ranks) * tiles_o * blocks_o
+        loads = halo_bytes
+        loads += (units * tile.warps + kernel.ranks) * tiles_o * blocks_o * width
+        steps = blocks_o
+        blocks = passes * basis_pieces(map) * count
+        repeats = map.blocks * blocks_i * groups / count
+    resident = max(1, min(8 // tile.warps, shared_memory(problem) // tile.shared_bytes))
+    busy = min(1.0, tile.warps * resident / 8)  # two warps to each of the four schedulers
+    arithmetic = 2 * products * tile.warps * _PRODUCT_CLOCKS[kernel.number] / busy
+    traffic = reads * tile.warps * width / _SHARED_BYTES
+    clocks = max(arithmetic, traffic, loads / _GLOBAL_BYTES) + steps * _STEP_CLOCKS / resident
+    waves = -(-blocks // problem.device.processors)
+    return waves * (repeats * clocks + _SETUP_CLOCKS / resident) / _CLOCK
+
+
+def _splits(total: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every split of a power of two over axes, no axis beyond twice what its limit needs."""
+    if len(limits) == 1:
+        yield (total,)
+        return
+    size = 1
+    while size <= total and size < 2 * limits[0]:
+        for rest in _splits(total // size, limits[1:]):
+            yield (size, *rest)
+        size *= 2
+
+
+def _shapes(problem: Problem, kernel: Kernel) -> Iterator[Tile]:
+    """Every tile of `kernel` that fits in shared memory."""
+    transposed = problem.op == "basis_conv_bwd_input"
+    whole = lattice(problem.geometry, problem.batch, transposed, (1, 1, 1))
+    limit = shared_memory(problem)
+    for split in _splits(_UNIT, tuple(axis.tiles for axis in whole.axes)):
+        unit = (split[0], split[1], split[2])
+        units = lattice(problem.geometry, problem.batch, transposed, unit)
+        needed = (problem.batch, *(axis.tiles for axis in units.axes))
+        for warps in _WARPS:
+            for b, d, h, w in _splits(_UNITS_PER_WARP * warps, needed):
+                map = Map(units, (b, d, h, w))
+                options = [(map.chunks, 2), (map.chunks, 1)]
+                if kernel.family != "basis_gradient":
+                    part = min(_SLICE, map.chunks)
+                    options = [(map.chunks, 2), (part, 2), (map.chunks, 1), (part, 1)]
+                for slice, stages in options:
+                    size = shared_bytes(problem, kernel, map, slice, stages)
+                    if size <= limit:
+                        yield Tile(kernel, unit, map.grid, slice, stages, size)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem) -> tuple[Tile, float] | None:
+    """The tile with the least estimated time, and that time in seconds; None if no tile fits."""
+    kernels = [k for k in ALL if (k.family, k.number) == (family(problem), number(problem))]
+    tiles = [tile for kernel in kernels for tile in _shapes(problem, kernel)]
+    priced = ((tile, seconds(problem, tile)) for tile in tiles)
+    return min(priced, key=lambda pair: pair[1], default=None)
+
+
+def index_limit(problem: Problem, tile: Tile) -> str:
+    """What of `problem` the kernels' 32-bit counters cannot count, or ''. Addresses have 64 bits."""
+    map = map_of(problem, tile.unit, tile.grid)
+    size_i, size_o = channels(problem)
+    blocks = map.blocks * problem.geometry.groups * -(-size_o // 16) * -(-size_i // _CHANNELS)
+    if blocks >= 2**31:
+        return f"{blocks} blocks of work are more than 2**31 - 1; split the batch"
+    return ""

@@ -1,0 +1,176 @@
+"""What executing csrc/ on the host can find: sanitizers run clean, and faults put in on purpose show."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperconv_ext import ops
+from hyperconv_ext.backends.cuda import launch, library, tiles
+
+from . import host_build
+from .oracle import relative_error
+from .test_cuda_tiles import GEOMETRY, RUNS, operands_of, problem_for, run_tile, tile_for
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    bool(library.reason()) or not library.executes_on_cpu(),
+    reason=library.reason() or "the kernels run on a GPU",
+)
+# A float16 result may differ from float64 by this much, no more.
+TOLERANCE = 2.0**-9
+
+
+def _worst(errors: list[float]) -> float:
+    return max(errors, key=lambda error: torch.inf if error != error else error)
+
+
+def convolution_error() -> float:
+    """The largest relative error over a selection of modes that together pass every barrier."""
+    device = torch.device("cpu")
+    errors = []
+    for kernel in tiles.ALL:
+        if kernel.number != "half" or kernel.outputs == 16:
+            continue
+        for warps, slice, stages in ((4, 99, 2), (4, 2, 1)):
+            op = RUNS[kernel.family]
+            # With one pass over the output channels, nothing but the barrier at hand guards the halo.
+            channels = 32 if kernel.family == "basis_gradient" else 80
+            operands = operands_of(op, torch.float16, device, 5, channels)
+            problem = problem_for(op, operands, kernel.number)
+            slice = 99 if kernel.family == "basis_gradient" else slice
+            actual = run_tile(problem, tile_for(problem, kernel, warps, slice, stages), operands)
+            wide = tuple(t.double() for t in operands)
+            truth = ops.form(OPS_INDEX[op], GEOMETRY, "composite", "auto", None, *wide)
+            errors.append(relative_error(actual, truth))
+    return _worst(errors)
+
+
+OPS_INDEX = {op: ops.OPS.index(op) for op in RUNS.values()}
+
+
+def mlp_error() -> float:
+    """Relative error of the fused MLP's gradients."""
+    weights, biases = [torch.randn(16, 2), torch.randn(4, 16)], [torch.randn(16), torch.randn(4)]
+    operands = (torch.randn(5, 25), torch.randn(25, 2), weights, biases, "tanh")
+    actual = launch.coordinate_mlp_bwd(*operands)
+    truth = ops._mlp_backward(*operands, "reference")
+    return _worst([relative_error(a, t.double()) for a, t in zip(actual, truth, strict=True)])
+
+
+def _barriers() -> list[str]:
+    """file:line of every block barrier in csrc/."""
+    return [
+        f"{file.name}:{number}"
+        for file in sorted((ROOT / "csrc").glob("*.cu*"))
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "__syncthreads()" in line
+    ]
+
+
+def test_without_a_fault() -> None:
+    assert convolution_error() < TOLERANCE and mlp_error() < 2.0**-20
+
+
+@pytest.mark.parametrize("barrier", _barriers())
+def test_a_missing_barrier_is_found(barrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any one __syncthreads() taken out shows in the numbers, or stops the launch."""
+    monkeypatch.setenv("HYPERCONV_HOST_SKIP", barrier)
+    measure: Callable[[], float] = (
+        mlp_error if barrier.startswith("coordinate_mlp") else convolution_error
+    )
+    for seed in range(4):
+        monkeypatch.setenv("HYPERCONV_HOST_SEED", str(seed))
+        try:
+            error = measure()
+        except RuntimeError:
+            return
+        if not error < TOLERANCE:
+            return
+    pytest.fail(f"taking out {barrier} changed nothing")
+
+
+def _environment(variant: str, sources: Path) -> dict[str, str]:
+    path = host_build.build(variant, sources)
+    return {**os.environ, **host_build.preload(variant), "HYPERCONV_CUDA_LIBRARY": str(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["address", "undefined"])
+def test_operators_under_a_sanitizer(variant: str) -> None:
+    """Every operator test and every instantiation again, in a process with the sanitizer."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cuda"]
+    command += ["tests/test_operators.py", "tests/test_cuda_tiles.py"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=_environment(variant, ROOT / "csrc"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) > 100, result.stdout[-3000:]
+
+
+# (file, a check, the check taken out): elements outside an input, an output, a channel block.
+_BOUNDS = (
+    ("basis_conv.cu", "if (channel >= p_.y_channels) return;", ""),
+    (
+        "basis_conv.cu",
+        "if (!output_element(",
+        "if (!output_element(p_.map, block_, p_.y_strides, at, &element) && false && !output_element(",
+    ),
+    ("coefficient_gradient.cu", "in_ + channel >= p_.x.channels ||", ""),
+    ("prepare.cu", "i < p.in_channels && o < p.out_channels", "true"),
+)
+_CASE = """
+from tests.oracle import CASES, draw, evaluate, relative_error
+import torch
+case = next(case for case in CASES if case.name == "3x3")
+torch.manual_seed(0)
+tensors = draw(case, torch.float16, torch.device("cpu"))
+truth = evaluate(case, [t.double() for t in tensors], None, "contiguous", backend="reference")
+actual = evaluate(case, tensors, None, "channels_last", backend="cuda")
+errors = [relative_error(a, t) for a, t in zip(actual, truth)]
+raise SystemExit(0 if all(error < 2.0**-8 for error in errors) else f"errors {errors}")
+"""
+
+
+def _run_case(sources: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _CASE],
+        cwd=ROOT,
+        env=_environment("address", sources),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_case_without_a_fault() -> None:
+    result = _run_case(ROOT / "csrc")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "check", "without"), _BOUNDS, ids=[f"{f}-{c}" for f, c, _ in _BOUNDS])
+def test_a_missing_bounds_check_is_found(file: str, check: str, without: str, tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    text = (sources / file).read_text()
+    assert text.count(check) == 1, f"{file} no longer has exactly one {check!r}"
+    (sources / file).write_text(text.replace(check, without))
+    result = _run_case(sources)
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr or "errors [" in result.stderr
