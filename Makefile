@@ -27,25 +27,30 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The table of every kernel configuration compiled for sm_80, sm_90 and sm_100.
+# The tables of every Triton configuration and every instantiation of csrc/ (needs nvcc), compiled for
+# sm_80, sm_90 and sm_100.
 aot: $(READY)
 	$(BIN)/python -m tests.aot
+	$(BIN)/python -m tests.cubin
 
-# A machine with an NVIDIA GPU and its own torch and Triton, and no network. Each part has its own
-# limit, 8 minutes in all, and is reported even if an earlier one failed; the first failure is the
-# exit status. Results go to OUT.
+# A machine with an NVIDIA GPU, nvcc, its own torch and Triton, and no network. Each part has its own
+# limit, 9 minutes in all, and is reported even if an earlier one failed; the first failure is the exit
+# status. Results go to OUT.
 OUT ?= build/gpu
 COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 GPU_WORKERS ?= 8
-SANITIZED := tests/test_operators.py -k "triton and (3x3 or aligned) and geometries" -p no:cacheprovider
+ARCHITECTURE = $(shell $(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+SANITIZED := tests/test_operators.py -k "(triton or cuda) and (3x3 or aligned) and geometries" -p no:cacheprovider
+SANITIZER := timeout -s INT 40 compute-sanitizer --error-exitcode 1
 gpu:
 	mkdir -p $(OUT)
 	@set -o pipefail; status=0; \
 	part() { name=$$1; shift; echo "== $$name"; "$$@" 2>&1 | tee $(OUT)/$$name.log || { code=$$?; echo "== $$name: exit $$code"; [ $$status -ne 0 ] || status=$$code; }; }; \
 	part environment env COMMIT=$(COMMIT) $(PYTHON) -m benchmarks.machine $(OUT)/machine.json; \
-	part tests timeout -s INT 170 $(PYTHON) -m pytest tests -q -n $(GPU_WORKERS) --ignore=tests/test_triton_aot.py --ignore=tests/test_examples.py --durations=10; \
-	part benchmarks timeout -s INT 210 $(PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q --benchmark-json=$(OUT)/benchmarks.json; \
-	part sanitizer timeout -s INT 90 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) -q -x; \
+	part extension env HYPERCONV_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$(ARCHITECTURE) timeout -s INT 80 $(PYTHON) setup.py build_ext --inplace; \
+	part tests timeout -s INT 150 $(PYTHON) -m pytest tests -q -n $(GPU_WORKERS) $(addprefix --ignore=tests/test_,triton_aot.py cuda_aot.py build.py host_runtime.py examples.py) --durations=10; \
+	part benchmarks timeout -s INT 180 $(PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q --benchmark-json=$(OUT)/benchmarks.json; \
+	for tool in memcheck racecheck initcheck; do part $$tool $(SANITIZER) --tool $$tool $(PYTHON) -m pytest $(SANITIZED) -q -x; done; \
 	exit $$status
 
 gpu: SHELL := /bin/bash

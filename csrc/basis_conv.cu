@@ -50,12 +50,6 @@ struct ConvShared {
   }
 };
 
-// One step of the pipeline: input channels 16 c .., basis functions first .. first + kRanks - 1, slice of
-// the patch. `pass` counts the (c, first), `number` the steps.
-struct Step {
-  int c, first, slice, pass, number;
-};
-
 template <class N, int kOutTiles, int kRanks>
 class BasisConv {
   using Element = typename N::Element;
@@ -66,7 +60,6 @@ class BasisConv {
         chunks_(p.map.chunks()),
         slices_(p.slice, chunks_),
         shared_(Arena(ptx::dynamic_shared()), p),
-        channel_blocks_(ceil_div(p.x.channels, kChannels)),
         out_tiles_(ceil_div(p.y_channels, 16 * kOutTiles) * kOutTiles) {
     const int out_blocks = out_tiles_ / kOutTiles;
     out_ = blockIdx.x % out_blocks * kOutTiles;
@@ -82,78 +75,58 @@ class BasisConv {
     for (int c = 0; c < p_.halo_stages; ++c) fill_zero_row<N>(halo_of(c), p_.map);
     if (resident()) copy_bands(shared_.bands, 0, p_.rank, 0);
     __syncthreads();  // the tables
-
-    Step step = {0, 0, 0, 0, 0};
-    copy(step, true);
-    while (step.c < channel_blocks_) {
-      ptx::cp_async_wait_all();
-      __syncthreads();  // this step's data is there, and nobody reads the last step's any more
-      if (p_.halo_stages == 1 && enters_channels(step) && step.number > 0) {
-        copy_halo_of(step);
-        ptx::cp_async_wait_all();
-        __syncthreads();  // the only halo
-      }
-      const Step next = following(step);
-      if (next.c < channel_blocks_) copy(next, p_.halo_stages > 1);
-      compute(step);
-      step = next;
-    }
+    // Items are blocks of input channels; steps, slices of the patch for each group of basis functions.
+    pipeline(
+        0, ceil_div(p_.x.channels, kChannels), ceil_div(p_.rank, kRanks) * slices_.count,
+        p_.halo_stages == 1, [&](int c) { copy_halo(c); }, [&](const Step& s) { copy(s); },
+        [&](const Step& s) { compute(s); });
     store();
   }
 
  private:
   __device__ __forceinline__ bool resident() const { return slices_.count == 1; }
-  __device__ __forceinline__ bool enters_channels(const Step& s) const {
-    return s.first == 0 && s.slice == 0;
+  __device__ __forceinline__ int slice(const Step& s) const { return s.step % slices_.count; }
+  __device__ __forceinline__ int first(const Step& s) const {
+    return s.step / slices_.count * kRanks;
   }
-
-  __device__ __forceinline__ Step following(Step s) const {
-    ++s.number;
-    if (++s.slice < slices_.count) return s;
-    s.slice = 0;
-    ++s.pass;
-    s.first += kRanks;
-    if (s.first < p_.rank) return s;
-    s.first = 0;
-    ++s.c;
-    return s;
+  __device__ __forceinline__ int ranks(const Step& s) const {
+    return min(kRanks, p_.rank - first(s));
   }
 
   __device__ __forceinline__ Halo<N> halo_of(int c) const {
     return {shared_.halo + (p_.halo_stages == 1 ? 0 : c % 2 * shared_.halo_elements)};
   }
   __device__ __forceinline__ Element* coefficients_of(const Step& s) const {
-    return shared_.coefficients + s.pass % 2 * kRanks * kOutTiles * kTileElements;
+    return shared_.coefficients + s.number / slices_.count % 2 * kRanks * kOutTiles * kTileElements;
   }
-  // Bands of basis function s.first, those of the next `band_stride` tiles further.
+  // Bands of basis function first(s), those of the next `band_stride` tiles further.
   __device__ __forceinline__ Element* bands_of(const Step& s) const {
-    const int tiles = resident() ? s.first * chunks_ : s.number % 2 * kRanks * p_.slice;
+    const int tiles = resident() ? first(s) * chunks_ : s.number % 2 * kRanks * p_.slice;
     return shared_.bands + tiles * kTileElements;
   }
   __device__ __forceinline__ int band_stride() const { return resident() ? chunks_ : p_.slice; }
 
-  // Starts the copies of what `s` needs and the steps before it have not left in place.
-  __device__ __forceinline__ void copy(const Step& s, bool with_halo) {
-    if (with_halo && enters_channels(s)) copy_halo_of(s);
-    if (s.slice == 0) {
+  __device__ __forceinline__ void copy(const Step& s) {
+    if (slice(s) == 0) {
+      const int channel_blocks = ceil_div(p_.x.channels, kChannels);
       const int64_t tile =
-          ((group_ * channel_blocks_ + s.c) * p_.rank + s.first) * out_tiles_ + out_;
-      for (int j = 0; j < min(kRanks, p_.rank - s.first); ++j) {
+          (static_cast<int64_t>(group_ * channel_blocks + s.item) * p_.rank + first(s)) * out_tiles_ +
+          out_;
+      for (int j = 0; j < ranks(s); ++j) {
         copy_tiles<N>(coefficients_of(s) + j * kOutTiles * kTileElements,
                       p_.packed + (tile + static_cast<int64_t>(j) * out_tiles_) * kTileElements,
                       kOutTiles);
       }
     }
-    if (!resident()) copy_bands(bands_of(s), s.first, min(kRanks, p_.rank - s.first), s.slice);
-    ptx::cp_async_commit();
+    if (!resident()) copy_bands(bands_of(s), first(s), ranks(s), slice(s));
   }
 
-  __device__ __forceinline__ void copy_halo_of(const Step& s) {
+  __device__ __forceinline__ void copy_halo(int c) {
     const auto where = [&](int position, int64_t* element) {
       *element = shared_.elements[position];
       return *element >= 0;
     };
-    copy_rows<N>(halo_of(s.c), p_.map.halo(), where, p_.x, group_, s.c * kChannels);
+    copy_rows<N>(halo_of(c), p_.map.halo(), where, p_.x, group_, c * kChannels);
   }
 
   __device__ __forceinline__ void copy_bands(Element* shared, int first, int ranks, int slice) {
@@ -166,20 +139,21 @@ class BasisConv {
   }
 
   __device__ __forceinline__ void compute(const Step& s) {
-    if (s.slice == 0) responses_.clear();
+    if (slice(s) == 0) responses_.clear();
     // Whole groups of basis functions run without a branch in the loop.
-    if (s.first + kRanks <= p_.rank) {
+    if (ranks(s) == kRanks) {
       form_responses(s, kRanks);
     } else {
-      form_responses(s, p_.rank - s.first);
+      form_responses(s, ranks(s));
     }
-    if (s.slice + 1 == slices_.count) mix(s);
+    if (slice(s) + 1 == slices_.count) mix(s);
   }
 
+  // z_r += band_r x, over the tiles of one slice.
   __device__ __forceinline__ void form_responses(const Step& s, int ranks) {
     responses_.template accumulate<N, false>(
-        p_.map, halo_of(s.c), shared_.patch_table + s.slice * p_.slice * 16,
-        slices_.tiles(s.slice, chunks_), bands_of(s), band_stride(), ranks);
+        p_.map, halo_of(s.item), shared_.patch_table + slice(s) * p_.slice * 16,
+        slices_.tiles(slice(s), chunks_), bands_of(s), band_stride(), ranks);
   }
 
   // y += z_r A_r.
@@ -187,7 +161,7 @@ class BasisConv {
     const Element* coefficients = coefficients_of(s);
 #pragma unroll
     for (int j = 0; j < kRanks; ++j) {
-      if (s.first + j < p_.rank) {
+      if (j < ranks(s)) {
         Tile<N> z[kUnits];
 #pragma unroll
         for (int m = 0; m < kUnits; ++m) z[m] = chain<N>(responses_.z[m][j]);
@@ -250,7 +224,7 @@ class BasisConv {
   const int chunks_;
   const Slices slices_;
   const ConvShared<N, kOutTiles, kRanks> shared_;
-  const int channel_blocks_, out_tiles_;
+  const int out_tiles_;
   int out_;  // first output tile of the block, within the group
   int group_;
   Block block_;

@@ -83,28 +83,14 @@ class BasisGradient {
     fill_patch_table(shared_.patch_table, p_.map);
     for (int stage = 0; stage < p_.halo_stages; ++stage) fill_zero_row<N>(halo_of(stage), p_.map);
     __syncthreads();  // the tables
-
-    int number = 0;
-    if (begin_ < end_) copy(begin_, 0, 0, true);
-    for (int item = begin_; item < end_; ++item) {
-      for (int out = 0; out < out_steps_; ++out, ++number) {
-        ptx::cp_async_wait_all();
-        __syncthreads();  // this step's data is there, and nobody reads the last step's any more
-        if (p_.halo_stages == 1 && out == 0 && item > begin_) {
-          copy_inputs(item);
-          ptx::cp_async_wait_all();
-          __syncthreads();  // the only halo
-        }
-        const bool last = out + 1 == out_steps_;
-        if (!last) {
-          copy(item, out + 1, number + 1, false);
-        } else if (item + 1 < end_) {
-          copy(item + 1, 0, number + 1, p_.halo_stages > 1);
-        }
-        gather(out, number);
-        if (last) correlate(item);
-      }
-    }
+    // Items are blocks of outputs at 16 input channels; steps, blocks of output channels.
+    pipeline(
+        begin_, end_, out_steps_, p_.halo_stages == 1, [&](int item) { copy_inputs(item); },
+        [&](const Step& s) { copy(s.item, s.step, s.number); },
+        [&](const Step& s) {
+          gather(s.step, s.number);
+          if (s.step + 1 == out_steps_) correlate(s.item);
+        });
     store();
   }
 
@@ -134,8 +120,7 @@ class BasisGradient {
     return min(kOutTiles, out_tiles_ - out * kOutTiles);
   }
 
-  __device__ __forceinline__ void copy(int item, int out, int number, bool with_inputs) {
-    if (with_inputs) copy_inputs(item);
+  __device__ __forceinline__ void copy(int item, int out, int number) {
     const Block at = block(item);
     const auto output = [&](int position, int64_t* element) {
       return output_element(p_.map, at, p_.g.strides, shared_.output_table[position], element);
@@ -149,7 +134,6 @@ class BasisGradient {
                       p_.packed + tile * kTileElements, 1);
       }
     }
-    ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ void copy_inputs(int item) {

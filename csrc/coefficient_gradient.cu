@@ -89,28 +89,16 @@ class CoefficientGradient {
     for (int stage = 0; stage < p_.halo_stages; ++stage) fill_zero_row<N>(halo_of(stage), p_.map);
     if (resident()) copy_bands(0, 0);
     __syncthreads();  // the tables
-
-    int number = 0;
-    if (begin_ < end_) copy(begin_, 0, 0, true);
-    for (int tile = begin_; tile < end_; ++tile) {
-      for (int slice = 0; slice < slices_.count; ++slice, ++number) {
-        ptx::cp_async_wait_all();
-        __syncthreads();  // this step's data is there, and nobody reads the last step's any more
-        if (p_.halo_stages == 1 && slice == 0 && tile > begin_) {
-          copy_activations(tile);
-          ptx::cp_async_wait_all();
-          __syncthreads();  // the only halo
-        }
-        const bool last = slice + 1 == slices_.count;
-        if (!last) {
-          copy(tile, slice + 1, number + 1, false);
-        } else if (tile + 1 < end_) {
-          copy(tile + 1, 0, number + 1, p_.halo_stages > 1);
-        }
-        form_responses(tile, slice, number);
-        if (last) correlate(tile);
-      }
-    }
+    // Items are blocks of outputs; steps, slices of the patch.
+    pipeline(
+        begin_, end_, slices_.count, p_.halo_stages == 1, [&](int tile) { copy_activations(tile); },
+        [&](const Step& s) {
+          if (!resident()) copy_bands(s.step, s.number);
+        },
+        [&](const Step& s) {
+          form_responses(s);
+          if (s.step + 1 == slices_.count) correlate(s.item);
+        });
     store();
   }
 
@@ -127,12 +115,6 @@ class CoefficientGradient {
   }
   __device__ __forceinline__ Element* bands_of(int number) const {
     return shared_.bands + (resident() ? 0 : number % 2) * kRanks * p_.slice * kTileElements;
-  }
-
-  __device__ __forceinline__ void copy(int tile, int slice, int number, bool with_activations) {
-    if (with_activations) copy_activations(tile);
-    if (!resident()) copy_bands(slice, number);
-    ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ void copy_activations(int tile) {
@@ -155,11 +137,11 @@ class CoefficientGradient {
     }
   }
 
-  __device__ __forceinline__ void form_responses(int tile, int slice, int number) {
-    if (slice == 0) responses_.clear();
+  __device__ __forceinline__ void form_responses(const Step& s) {
+    if (s.step == 0) responses_.clear();
     responses_.template accumulate<N, true>(
-        p_.map, halo_of(stage(tile)), shared_.patch_table + slice * p_.slice * 16,
-        slices_.tiles(slice, chunks_), bands_of(number), p_.slice, ranks_);
+        p_.map, halo_of(stage(s.item)), shared_.patch_table + s.step * p_.slice * 16,
+        slices_.tiles(s.step, chunks_), bands_of(s.number), p_.slice, ranks_);
   }
 
   // dA_r' += z_r' g.

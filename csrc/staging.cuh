@@ -130,6 +130,44 @@ struct ConsecutiveRows {
   __device__ __forceinline__ int operator()(int row) const { return first + row; }
 };
 
+// One step of a pipeline: `step` of `item`; `number` counts all steps of the block.
+struct Step {
+  int item, step, number;
+};
+
+// Items begin .. end - 1, each in `steps` steps: compute(s) for each in turn, on what copy(s) has brought
+// while the step before was computed. An item's activations are brought by copy_item(item), with its
+// first step; where shared memory holds those of one item only, not before the last item is done.
+template <class CopyItem, class Copy, class Compute>
+__device__ __forceinline__ void pipeline(int begin, int end, int steps, bool one_item,
+                                         const CopyItem& copy_item, const Copy& copy,
+                                         const Compute& compute) {
+  Step s = {begin, 0, 0};
+  if (s.item < end) {
+    copy_item(s.item);
+    copy(s);
+    ptx::cp_async_commit();
+  }
+  while (s.item < end) {
+    ptx::cp_async_wait_all();
+    __syncthreads();  // this step's data is there, and nobody reads the last step's any more
+    if (one_item && s.step == 0 && s.item > begin) {
+      copy_item(s.item);
+      ptx::cp_async_wait_all();
+      __syncthreads();  // the only item's
+    }
+    Step next = {s.item, s.step + 1, s.number + 1};
+    if (next.step == steps) next = {s.item + 1, 0, s.number + 1};
+    if (next.item < end) {
+      if (next.step == 0 && !one_item) copy_item(next.item);
+      copy(next);
+      ptx::cp_async_commit();
+    }
+    compute(s);
+    s = next;
+  }
+}
+
 // sum[i] = the sum over the block's warps, in their order, of value(i), for every i that they enumerate:
 // visit(add) calls add(i, value) for each. Warps may enumerate the same i in any order.
 template <class Visit>

@@ -229,10 +229,10 @@ def basis_conv2d(
         bias: `[C_out]` or None, in the input's dtype.
         stride, dilation, groups: as in `F.conv2d`.
         padding: integers, `'same'` or `'valid'`, as in `F.conv2d`.
-        backend: `'auto'`, `'reference'`, `'composite'` or `'triton'`. A backend that is named is
-            used or refused, never replaced. `'auto'` can be overridden by the environment variable
+        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`. A backend that is named
+            is used or refused, never replaced. `'auto'` can be overridden by the environment variable
             HYPERCONV_BACKEND.
-        algorithm: `'auto'`, or one of the backend's: `'basis'` and `'direct'` (triton),
+        algorithm: `'auto'`, or one of the backend's: `'basis'` (triton, cuda), `'direct'` (triton),
             `'composite'`. The gradients of A and phi have one fused algorithm, which both names of
             triton select.
 

@@ -265,7 +265,8 @@ class HyperConv2d(_HyperConvNd):
         weight_norm: None, or `'batch'`: a batch norm over the taps of each W[o, i] as the
             hyper-network's last layer, see `hypernet.TapBatchNorm`.
         coordinates: `'centered'` (in taps from the kernel's centre) or `'unit'` ([-1, 1]).
-        backend: `'auto'`, `'reference'`, `'composite'` or `'triton'`, see `functional.basis_conv2d`.
+        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`, see
+            `functional.basis_conv2d`.
         hypernet: any module from coordinates `[K, 2]` to features `[K, N]`, in the place of the MLP;
             `hidden_features`, `num_features` and `activation` are then not used.
 

@@ -152,6 +152,7 @@ class Lattice:
         return prod(axis.modulus for axis in self.axes)
 
 
+@lru_cache(maxsize=4096)
 def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, int, int]) -> Lattice:
     """The row map of a geometry (or of its input gradient) in tiles of the given shape."""
     lead = 3 - geometry.dims

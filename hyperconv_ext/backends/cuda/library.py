@@ -33,7 +33,8 @@ def _load() -> tuple[str, str]:
         library.hyperconv_architectures.restype = ctypes.c_char_p
         return library.hyperconv_architectures().decode(), ""
     except (OSError, AttributeError) as error:
-        return "", f"the CUDA extension {path.name} cannot be loaded: {error}; rebuild it"
+        cause = error.__cause__ or error  # torch's own says no more than the path
+        return "", f"the CUDA extension {path.name} cannot be loaded: {cause}; rebuild it"
 
 
 def reason() -> str:

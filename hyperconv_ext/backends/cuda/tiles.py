@@ -223,6 +223,7 @@ _PRODUCT_CLOCKS: dict[Number, float] = {"half": 2, "tf32": 4, "ieee": 64}  # of 
 _SHARED_BYTES = 128
 _GLOBAL_BYTES = 32
 _CLOCK = 1.7e9
+_UNHIDDEN = 0.25  # of what could run beside the slowest part
 _STEP_CLOCKS = 600  # barriers and latency of one pass of the main loop, divided by the blocks at hand
 _SETUP_CLOCKS = 3000  # tables, first loads, epilogue
 
@@ -288,7 +289,8 @@ def seconds(problem: Problem, tile: Tile) -> float:
     busy = min(1.0, tile.warps * resident / 8)  # two warps to each of the four schedulers
     arithmetic = 2 * products * tile.warps * _PRODUCT_CLOCKS[kernel.number] / busy
     traffic = reads * tile.warps * width / _SHARED_BYTES
-    clocks = max(arithmetic, traffic, loads / _GLOBAL_BYTES) + steps * _STEP_CLOCKS / resident
+    parts = (arithmetic, traffic, loads / _GLOBAL_BYTES)
+    clocks = max(parts) + _UNHIDDEN * (sum(parts) - max(parts)) + steps * _STEP_CLOCKS / resident
     waves = -(-blocks // problem.device.processors)
     return waves * (repeats * clocks + _SETUP_CLOCKS / resident) / _CLOCK
 
