@@ -411,13 +411,13 @@ def _mlp_forward(
 def _register_mlp() -> None:
     def forward_kernel(*args: Any) -> Tensor:
         *operands, backend = args
-        engine = _mlp_engine(*operands[:2], backend)
+        engine = _mlp_engine(operands[0], operands[1], backend)
         evaluate = reference.coordinate_mlp if engine is None else engine.coordinate_mlp_fwd
         return evaluate(*operands)
 
     def backward_kernel(*args: Any) -> list[Tensor]:
         grad, *operands, backend = args
-        engine = _mlp_engine(*operands[:2], backend)
+        engine = _mlp_engine(operands[0], operands[1], backend)
         if engine is None:
             raise planner.PlanError(
                 f"coordinate_mlp_bwd: expected an MLP that a kernel of backend={backend!r} evaluates; "

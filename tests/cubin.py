@@ -1,0 +1,183 @@
+"""Compile csrc/ for GPUs that are not here, and read what the compiler made of it.
+
+As a program: print the table for the architectures named (all if none), 80 or 90a for sm_80 or sm_90a;
+the status is 1 if a row is marked. What has not changed since is taken from build/cubin/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setup import COMPILE_FLAGS, find_nvcc
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc"
+CUBINS = ROOT / "build" / "cubin"
+ARCHITECTURES = ("80", "90a", "100")
+JOBS = 2
+STRICT_FLAGS = ["-Werror=all-warnings", "-Xcompiler=-Werror", "-Xptxas=-v,-warn-spills"]
+
+REGISTERS = 255  # of each of the 256 threads that a block has at most
+# Kernels that multiply on tensor cores, unless by IEEE arithmetic: then on none.
+MULTIPLY = ("basis_conv_kernel", "basis_gradient_kernel", "coefficient_gradient_kernel")
+IEEE = "Ieee"
+# Bytes of stack a kernel may have; the others have none.
+STACK = {
+    "coordinate_mlp_kernel": 32,  # sinf and cosf reduce large arguments in an array
+    "coordinate_mlp_backward_kernel": 32,
+}
+_TENSOR_CORE = r"(?<![\w.])(?:[A-Z]G?MMA|UTC[A-Z]*MMA)\b"  # HFMA2.MMA is an ordinary one
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One instantiation of a kernel for one architecture."""
+
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    spills: int  # bytes stored and loaded
+    shared: int  # static
+    tensor_core: int
+    ldmatrix: int
+
+    @property
+    def kernel(self) -> str:
+        return self.name.partition("<")[0]
+
+    def __str__(self) -> str:
+        return (
+            f"sm_{self.architecture:<5}{self.name:<58}{self.registers:>4} regs {self.stack:>4} B stack "
+            f"{self.spills:>4} B spilled {self.shared:>6} B shared {self.tensor_core:>5} tensor-core, "
+            f"{self.ldmatrix:>4} ldmatrix"
+        )
+
+
+def compile_source(source: Path, architecture: str) -> list[Compiled]:
+    """Compile one source; a warning is an error."""
+    target = CUBINS / f"{source.stem}-{_digest(source, architecture)}.cubin"
+    log = target.with_suffix(".log")
+    if not log.exists():
+        CUBINS.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run(
+            [*_command(architecture), source, "-o", target], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise RuntimeError(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
+        log.write_text(result.stderr)
+    return _rows(architecture, log.read_text(), _disassembled(target))
+
+
+def _command(architecture: str) -> list[str]:
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    return [find_nvcc() or "nvcc", "-cubin", target, *COMPILE_FLAGS, *STRICT_FLAGS]
+
+
+def _digest(source: Path, architecture: str) -> str:
+    """Of what the machine code depends on."""
+    command = _command(architecture)
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True)
+    digest = hashlib.sha256(repr([*command, version.stdout]).encode())
+    for path in [source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _disassembled(cubin: Path) -> dict[str, str]:
+    """Machine code by (mangled) kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s*Function : (\S+)$", listing, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _rows(architecture: str, log: str, code: dict[str, str]) -> list[Compiled]:
+    parts = re.split(r"Compiling entry function '(\w+)'", log)
+    reports = dict(zip(parts[1::2], parts[2::2], strict=True))
+    if reports.keys() != code.keys():
+        raise RuntimeError(f"ptxas reports {sorted(reports)}, the machine code has {sorted(code)}")
+
+    def number(pattern: str, report: str) -> int:
+        return sum(map(int, re.findall(pattern, report)))
+
+    return [
+        Compiled(
+            architecture,
+            name,
+            registers=number(r"Used (\d+) registers", reports[mangled]),
+            stack=number(r"(\d+) bytes stack frame", reports[mangled]),
+            spills=number(r"(\d+) bytes spill (?:stores|loads)", reports[mangled]),
+            shared=number(r"(\d+) bytes smem", reports[mangled]),
+            tensor_core=len(re.findall(_TENSOR_CORE, code[mangled])),
+            ldmatrix=len(re.findall(r"\bLDSM\b", code[mangled])),
+        )
+        for mangled, name in zip(reports, _short_names(list(reports)), strict=True)
+    ]
+
+
+def _short_names(mangled: list[str]) -> list[str]:
+    """Names without namespaces and parameters."""
+    names = "\n".join(mangled)
+    result = subprocess.run(
+        ["c++filt", "--no-params"], input=names, capture_output=True, text=True, check=True
+    )
+    return [re.sub(r"(\w+|\(anonymous namespace\))::", "", name) for name in result.stdout.splitlines()]
+
+
+def compile_all(architecture: str) -> list[Compiled]:
+    """Every kernel in csrc/, sorted by name."""
+    sources = sorted(SOURCES.glob("*.cu"))
+    with ThreadPoolExecutor(JOBS) as pool:
+        compiled = pool.map(lambda source: compile_source(source, architecture), sources)
+        return sorted((row for rows in compiled for row in rows), key=lambda row: row.name)
+
+
+def faults(row: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel: spills, stack, registers, the wrong arithmetic."""
+    found = []
+    if row.spills:
+        found.append(f"{row.spills} bytes spilled")
+    if row.stack > STACK.get(row.kernel, 0):
+        found.append(f"{row.stack} bytes of stack")
+    if not 0 < row.registers <= REGISTERS:
+        found.append(f"{row.registers} registers")
+    if row.kernel in MULTIPLY and IEEE not in row.name and not row.tensor_core:
+        found.append("no tensor-core instruction")
+    if row.tensor_core and (row.kernel not in MULTIPLY or IEEE in row.name):
+        found.append("tensor-core instructions")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table for the architectures named (all if none); 1 if any row is at fault."""
+    status = 0
+    for architecture in arguments or ARCHITECTURES:
+        try:
+            rows = compile_all(architecture)
+        except RuntimeError as error:
+            print(f"sm_{architecture}  <- {error}", flush=True)
+            status = 1
+            continue
+        marked = [(str(row), faults(row)) for row in rows]
+        missing = set(MULTIPLY) - {row.kernel for row in rows}
+        marked += [(f"sm_{architecture:<5}{kernel}", ["no such kernel"]) for kernel in sorted(missing)]
+        lines = ["  <- ".join([text, *wrong]) for text, wrong in marked]
+        table = ROOT / "build" / "aot" / f"cuda_sm_{architecture}.txt"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("\n".join([*lines, ""]))
+        print(*lines, sep="\n", flush=True)
+        status |= any(wrong for _, wrong in marked)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
