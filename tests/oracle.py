@@ -118,9 +118,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).norm() / norm).item()
 
 
-def check(
-    name: str, actual: Tensor, truth: Tensor, own: Tensor, floor: float | None = None
-) -> None:
+def check(name: str, actual: Tensor, truth: Tensor, own: Tensor, floor: float | None = None) -> None:
     """Fail unless `actual` is within 2x of the framework's error `own` and points the same way.
 
     `floor`: allowed beside that, FLOOR of the dtype if not given.

@@ -32,9 +32,7 @@ class Kernel:
 
 # What csrc/ instantiates; the reasons stand there, beside each.
 ALL = (
-    *(
-        Kernel("basis_conv", "half", outputs, ranks) for outputs, ranks in ((16, 5), (64, 5), (128, 2))
-    ),
+    *(Kernel("basis_conv", "half", outputs, ranks) for outputs, ranks in ((16, 5), (64, 5), (128, 2))),
     *(Kernel("basis_conv", "tf32", outputs, 5) for outputs in (16, 64)),
     *(Kernel("basis_conv", "ieee", outputs, 1) for outputs in (16, 64)),
     *(
