@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d, functional, ops, planner
+from hyperconv_ext import HyperConv2d, ops, planner
 from hyperconv_ext.backends import BACKENDS
 from hyperconv_ext.problem import OPS, Plan
 
@@ -115,9 +115,7 @@ def plans(layer: HyperConv2d, input: Tensor, phase: str) -> tuple[Plan, ...]:
     Raises:
         PlanError: its backend cannot compute one of them.
     """
-    geometry = functional.conv_geometry(
-        input, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
+    _, geometry = layer.geometry(input)
     basis = layer.coefficients.new_empty((layer.coefficients.shape[2], *layer.kernel_size))
     forward = ops.problem_of(0, (input, layer.coefficients, basis), geometry)
     names = OPS[:1] if phase == "forward" else OPS

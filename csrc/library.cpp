@@ -237,11 +237,11 @@ void basis_conv_fwd(Tensor input, Tensor coefficients, Tensor basis, std::option
            aligned, false);
 }
 
-// The gradient of x of that of y.
-void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, Tensor output,
-                          Tensor bands, Tensor packed, Integers lattice, Integers choice,
-                          int64_t groups, bool tf32, bool aligned) {
-  convolve(grad, coefficients, basis, std::nullopt, output, bands, packed, lattice, choice, groups,
+// The gradient of x of that of y; with a bias, a transposed convolution.
+void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
+                          Tensor output, Tensor bands, Tensor packed, Integers lattice,
+                          Integers choice, int64_t groups, bool tf32, bool aligned) {
+  convolve(grad, coefficients, basis, bias, output, bands, packed, lattice, choice, groups,
            tf32, aligned, true);
 }
 

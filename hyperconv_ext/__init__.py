@@ -3,13 +3,25 @@
 from . import functional
 from ._version import __version__
 from .hypernet import CoordinateMLP
-from .modules import HyperConv2d
+from .modules import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperConv3d,
+    HyperConvTranspose1d,
+    HyperConvTranspose2d,
+    HyperConvTranspose3d,
+)
 from .planner import PlanError
 from .report import explain
 
 __all__ = [
     "CoordinateMLP",
+    "HyperConv1d",
     "HyperConv2d",
+    "HyperConv3d",
+    "HyperConvTranspose1d",
+    "HyperConvTranspose2d",
+    "HyperConvTranspose3d",
     "PlanError",
     "__version__",
     "explain",

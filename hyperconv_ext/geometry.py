@@ -64,6 +64,48 @@ class Geometry:
             groups,
         )
 
+    @classmethod
+    def conv_transpose(
+        cls,
+        input_size: Sequence[int],
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        output_padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Geometry:
+        """The geometry of which `torch.nn.functional.conv_transposeNd` is the input gradient.
+
+        Its `output_size` is therefore the transposed convolution's input, its `input_size` the
+        transposed convolution's output.
+        """
+        axes = zip(input_size, kernel_size, stride, padding, output_padding, dilation, strict=True)
+        lengths = ((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, k, s, p, extra, d in axes)
+        return cls(
+            tuple(lengths),
+            tuple(input_size),
+            tuple(kernel_size),
+            tuple(stride),
+            tuple(padding),
+            tuple(dilation),
+            groups,
+        )
+
+    @property
+    def output_padding(self) -> Ints:
+        """What `conv_transposeNd` calls so: positions of `input_size` beyond the least that fits."""
+        axes = zip(
+            self.input_size,
+            self.output_size,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            strict=True,
+        )
+        return tuple(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, k, s, p, d in axes)
+
     @property
     def dims(self) -> int:
         """Number of spatial axes D."""
@@ -87,18 +129,8 @@ class Geometry:
     @property
     def high_padding(self) -> Ints:
         """Zeros after the last input of each axis; negative where trailing inputs are never read."""
-        return tuple(
-            (out - 1) * s + (k - 1) * d + 1 - size - low
-            for size, out, k, s, low, d in zip(
-                self.input_size,
-                self.output_size,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                strict=True,
-            )
-        )
+        pairs = zip(self.padding, self.output_padding, strict=True)
+        return tuple(low - extra for low, extra in pairs)
 
     @property
     def symmetric(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,30 @@ from torch import Tensor, nn
 
 from . import functional, planner
 from .backends.reference import materialize_weight
+from .checks import (
+    axis_padding,
+    check_groups,
+    check_name,
+    conv_geometry,
+    conv_transpose_geometry,
+    per_axis,
+)
 from .geometry import Geometry
 from .hypernet import CoordinateMLP, TapBatchNorm, tap_coordinates
 
+_Layer = TypeVar("_Layer", bound="HyperConvNd")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WEIGHT_NORMS = (None, "batch")
 _QUIET = 0.01  # of the mean power of the basis functions
 _DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
 
 
-class _HyperConvNd(nn.Module):
-    """What the layers share, for any number of axes."""
+class HyperConvNd(nn.Module):
+    """What the layers share, for any number of axes, transposed or not."""
 
     dims: int
+    transposed: bool
+    padding: Any  # one integer per axis; or, of a convolution, 'same' or 'valid'
     weight_norm: TapBatchNorm | None
     taps: Tensor
 
@@ -37,6 +49,7 @@ class _HyperConvNd(nn.Module):
         stride: int | Sequence[int],
         padding: int | Sequence[int] | str,
         dilation: int | Sequence[int],
+        output_padding: int | Sequence[int],
         groups: int,
         bias: bool,
         padding_mode: str,
@@ -53,21 +66,23 @@ class _HyperConvNd(nn.Module):
     ) -> None:
         super().__init__()
         _check_channels(in_channels, out_channels, groups)
-        functional.check_name("padding_mode", padding_mode, _PADDING_MODES)
-        functional.check_name("backend", backend, planner.BACKEND_NAMES)
+        check_name("padding_mode", padding_mode, ("zeros",) if self.transposed else _PADDING_MODES)
+        check_name("backend", backend, planner.BACKEND_NAMES)
         if weight_norm not in _WEIGHT_NORMS:
             raise ValueError(
                 f"weight_norm: expected None or 'batch', got {weight_norm!r}; pass one of these"
             )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = functional.per_axis("kernel_size", kernel_size, self.dims, 1)
-        self.stride = functional.per_axis("stride", stride, self.dims, 1)
-        self.padding = functional.axis_padding(padding, self.stride, self.dims)
-        self.dilation = functional.per_axis("dilation", dilation, self.dims, 1)
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
+        self.stride = per_axis("stride", stride, self.dims, 1)
+        self.padding = axis_padding(padding, self.stride, self.dims)
+        self.dilation = per_axis("dilation", dilation, self.dims, 1)
+        self.output_padding = per_axis("output_padding", output_padding, self.dims, 0)
         self.groups = groups
         self.padding_mode = padding_mode
         self.coordinates = coordinates
+        self.tap_spacing = (1.0,) * self.dims
         self.weight_bias = weight_bias
         self.backend = backend
         factory = {"device": device, "dtype": dtype}
@@ -76,7 +91,8 @@ class _HyperConvNd(nn.Module):
         self.hypernet = hypernet
         self._place_taps(torch.empty(0, **factory))
         features = self._features_shape(num_features)
-        shape = (out_channels, in_channels // groups)
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        shape = (first, second // groups)
         self.coefficients = nn.Parameter(torch.empty(*shape, features + weight_bias, **factory))
         self.weight_norm = None if weight_norm is None else TapBatchNorm(shape, **factory)
         if bias:
@@ -89,9 +105,11 @@ class _HyperConvNd(nn.Module):
         """Coordinates of the taps on the parameters' device, never below float32."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         grid = tap_coordinates(self.kernel_size, self.coordinates, like.device, dtype)
+        if self.coordinates == "centered":
+            grid = grid * grid.new_tensor(self.tap_spacing)
         self.register_buffer("taps", grid, persistent=False)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _HyperConvNd:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HyperConvNd:
         super()._apply(fn, recurse)
         self._place_taps(self.coefficients)
         return self
@@ -127,7 +145,7 @@ class _HyperConvNd(nn.Module):
         scale sets the deviation of W and the coefficients start at unit variance, as its running
         variance does.
         """
-        fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
+        fan_in = self.coefficients.shape[1] * math.prod(self.kernel_size)
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         deviation = bound / math.sqrt(3)
         with torch.no_grad():
@@ -165,7 +183,7 @@ class _HyperConvNd(nn.Module):
         return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
 
     def kernel(self, track: bool) -> tuple[Tensor, Tensor]:
-        """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of the weight W = A phi."""
+        """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
         basis = self._basis(self.backend)
         coefficients = self.coefficients
         if self.weight_norm is not None:
@@ -178,10 +196,128 @@ class _HyperConvNd(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W `[C_out, C_in/groups, *kernel_size]`, built on demand; differentiable."""
+        """W as nn.ConvNd or nn.ConvTransposeNd has it, built on demand; differentiable."""
         return materialize_weight(*self.kernel(track=False))
 
-    def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        """(what is convolved: `input` batched and padded by its mode, the geometry it meets)."""
+        raise NotImplementedError
+
+    def with_kernel_size(
+        self: _Layer,
+        kernel_size: int | Sequence[int],
+        padding: int | Sequence[int] | str | None = None,
+        dilation: int | Sequence[int] | None = None,
+    ) -> _Layer:
+        """A copy of this layer whose kernel is the same learned function on another grid of taps.
+
+        With `'centered'` coordinates the function keeps its scale: more taps see more of it, and a
+        kernel with another `dilation` samples it at taps that much further apart, at the same
+        distances in the input. With `'unit'` coordinates it is stretched over the new kernel, whose
+        ends stay at -1 and 1. Where the old and the new grid have points in common the weights agree.
+        The sum over the taps is not normalised to their number.
+
+        Args:
+            kernel_size: of the copy.
+            padding: of the copy; None keeps this layer's, `'same'` follows the kernel size.
+            dilation: of the copy; None keeps this layer's.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        layer = copy.deepcopy(self)
+        layer.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
+        if padding is not None:
+            layer.padding = axis_padding(padding, self.stride, self.dims)
+        if dilation is not None:
+            layer.dilation = per_axis("dilation", dilation, self.dims, 1)
+            pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
+            layer.tap_spacing = tuple(spacing * new / old for new, old, spacing in pairs)
+        layer._place_taps(layer.coefficients)
+        return layer
+
+    def extra_repr(self) -> str:
+        """The sizes, and whatever else is not at its default."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        defaults: dict[str, Any] = {
+            "stride": (1,) * self.dims,
+            "padding": (0,) * self.dims,
+            "dilation": (1,) * self.dims,
+            "output_padding": (0,) * self.dims,
+            "groups": 1,
+            "padding_mode": "zeros",
+            "weight_bias": True,
+            "coordinates": "centered",
+            "tap_spacing": (1.0,) * self.dims,
+            "backend": "auto",
+        }
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value!r}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    check_groups(groups)
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups:
+            raise ValueError(
+                f"{name}: expected a multiple of groups={groups}, got {channels}; change one of them"
+            )
+
+
+class _HyperConv(HyperConvNd):
+    """nn.ConvNd's arguments, and a convolution."""
+
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        hidden_features: Sequence[int] = (16, 16),
+        num_features: int = 4,
+        activation: str = "leaky_relu",
+        weight_bias: bool = True,
+        weight_norm: str | None = None,
+        coordinates: str = "centered",
+        backend: str = "auto",
+        hypernet: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            0,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            hidden_features,
+            num_features,
+            activation,
+            weight_bias,
+            weight_norm,
+            coordinates,
+            backend,
+            hypernet,
+        )
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
         """The input padded by a mode other than zeros, and the padding left for the convolution."""
         if self.padding_mode == "zeros":
             return input, self.padding
@@ -201,7 +337,7 @@ class _HyperConvNd(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B."""
         coefficients, basis = self.kernel(track=True)
-        padded, padding = self.padded(input)
+        padded, padding = self._padded(input)
         return functional.basis_conv(
             self.dims,
             padded,
@@ -212,38 +348,142 @@ class _HyperConvNd(nn.Module):
             padding,
             self.dilation,
             self.groups,
-            self.backend,
-            "auto",
+            backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        defaults: dict[str, Any] = {
-            "stride": (1,) * self.dims,
-            "padding": (0,) * self.dims,
-            "dilation": (1,) * self.dims,
-            "groups": 1,
-            "padding_mode": "zeros",
-            "weight_bias": True,
-            "coordinates": "centered",
-            "backend": "auto",
-        }
-        for name, default in defaults.items():
-            if (value := getattr(self, name)) != default:
-                text += f", {name}={value!r}"
-        return text if self.bias is not None else text + ", bias=False"
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        padded, padding = self._padded(input)
+        batched = padded if padded.dim() == self.dims + 2 else padded.unsqueeze(0)
+        arguments = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        return batched, conv_geometry(batched, *arguments)
 
 
-def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    functional.check_groups(groups)
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels % groups:
+class _HyperConvTranspose(HyperConvNd):
+    """nn.ConvTransposeNd's arguments, and a transposed convolution."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        hidden_features: Sequence[int] = (16, 16),
+        num_features: int = 4,
+        activation: str = "leaky_relu",
+        weight_bias: bool = True,
+        weight_norm: str | None = None,
+        coordinates: str = "centered",
+        backend: str = "auto",
+        hypernet: nn.Module | None = None,
+    ) -> None:
+        if isinstance(padding, str):
             raise ValueError(
-                f"{name}: expected a multiple of groups={groups}, got {channels}; change one of them"
+                f"padding: expected integers for a transposed convolution, got {padding!r}; "
+                f"pass integers"
             )
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            output_padding,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            hidden_features,
+            num_features,
+            activation,
+            weight_bias,
+            weight_norm,
+            coordinates,
+            backend,
+            hypernet,
+        )
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B.
+
+        Args:
+            input: x.
+            output_size: S', in the place of `output_padding`; may begin with B and C_out.
+        """
+        coefficients, basis = self.kernel(track=True)
+        return functional.basis_conv_transpose(
+            self.dims,
+            input,
+            coefficients,
+            basis,
+            self.bias,
+            self.stride,
+            self.padding,
+            self._extra(input, output_size),
+            self.groups,
+            self.dilation,
+            backend=self.backend,
+        )
+
+    def _extra(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+        """The output padding that leads to `output_size`; this layer's if that is None."""
+        if output_size is None:
+            return self.output_padding
+        wanted = tuple(output_size)
+        if len(wanted) == input.dim():
+            wanted = wanted[-self.dims :]
+        none = (0,) * self.dims
+        geometry = conv_transpose_geometry(
+            input, self.kernel_size, self.stride, self.padding, none, self.dilation, self.groups
+        )
+        least, step = geometry.input_size, self.stride
+        if len(wanted) != self.dims or any(
+            not low <= size < low + s for low, size, s in zip(least, wanted, step, strict=False)
+        ):
+            most = [low + s - 1 for low, s in zip(least, step, strict=True)]
+            raise ValueError(
+                f"output_size: expected {self.dims} sizes from {list(least)} to {most} for input "
+                f"{list(input.shape)}, got {list(output_size)}; choose within them"
+            )
+        return tuple(size - low for size, low in zip(wanted, least, strict=True))
+
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
+        return batched, conv_transpose_geometry(
+            batched,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.dilation,
+            self.groups,
+        )
 
 
-class HyperConv2d(_HyperConvNd):
+class HyperConv1d(_HyperConv):
+    """`nn.Conv1d` whose kernel is computed by a small MLP of the tap coordinates; see `HyperConv2d`.
+
+    Shape:
+        input `[B, C_in, L]` or `[C_in, L]`; output `[B, C_out, L']` or `[C_out, L']`. The coordinates
+        have one column.
+    """
+
+    dims = 1
+
+
+class HyperConv2d(_HyperConv):
     """`nn.Conv2d` whose kernel is computed by a small MLP of the tap coordinates.
 
     W[o, i, k] = sum_r A[o, i, r] phi_r(p_k), with phi the features of the MLP at the coordinates
@@ -286,47 +526,61 @@ class HyperConv2d(_HyperConvNd):
 
     dims = 2
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        hidden_features: Sequence[int] = (16, 16),
-        num_features: int = 4,
-        activation: str = "leaky_relu",
-        weight_bias: bool = True,
-        weight_norm: str | None = None,
-        coordinates: str = "centered",
-        backend: str = "auto",
-        hypernet: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-            hidden_features,
-            num_features,
-            activation,
-            weight_bias,
-            weight_norm,
-            coordinates,
-            backend,
-            hypernet,
-        )
+
+class HyperConv3d(_HyperConv):
+    """`nn.Conv3d` whose kernel is computed by a small MLP of the tap coordinates; see `HyperConv2d`.
+
+    Shape:
+        input `[B, C_in, D, H, W]` or `[C_in, D, H, W]`; output `[B, C_out, D', H', W']` or without B.
+        The coordinates have three columns, in axis order.
+    """
+
+    dims = 3
+
+
+class HyperConvTranspose1d(_HyperConvTranspose):
+    """`nn.ConvTranspose1d` whose kernel is computed by an MLP; see `HyperConvTranspose2d`.
+
+    Shape:
+        input `[B, C_in, L]` or `[C_in, L]`; output `[B, C_out, L']` or `[C_out, L']`.
+    """
+
+    dims = 1
+
+
+class HyperConvTranspose2d(_HyperConvTranspose):
+    """`nn.ConvTranspose2d` whose kernel is computed by a small MLP of the tap coordinates.
+
+    W[i, o, k] = sum_r A[i, o, r] phi_r(p_k): the layer equals
+    `F.conv_transpose2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
+        hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
+            hypernet: as in `HyperConv2d`.
+
+    Attributes:
+        coefficients: Parameter `[C_in, C_out/groups, N + weight_bias]`, A (before `weight_norm`).
+        hypernet, bias: as in `HyperConv2d`.
+        weight: W `[C_in, C_out/groups, kh, kw]`, built on demand, differentiable.
+
+    Shape:
+        input `[B, C_in, H, W]` or `[C_in, H, W]`; output `[B, C_out, H', W']` or `[C_out, H', W']`,
+        H' = (H - 1) stride - 2 padding + dilation (kernel_size - 1) + output_padding + 1.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it and the remedy.
+    """
+
+    dims = 2
+
+
+class HyperConvTranspose3d(_HyperConvTranspose):
+    """`nn.ConvTranspose3d` whose kernel is computed by an MLP; see `HyperConvTranspose2d`.
+
+    Shape:
+        input `[B, C_in, D, H, W]` or `[C_in, D, H, W]`; output `[B, C_out, D', H', W']` or without B.
+    """
+
+    dims = 3

@@ -29,6 +29,7 @@ from .problem import OPS, Problem
 
 _SLOTS = ("grad", "input", "coefficients", "basis")
 _GRAD, _INPUT, _COEFFICIENTS, _BASIS = range(4)
+_BIASED = (_GRAD, _INPUT)  # the operators whose result is an activation
 _OTHERS = tuple(tuple(slot for slot in range(4) if slot != own) for own in range(4))
 _GEOMETRY_SCHEMA = (
     "SymInt[] input_size, SymInt[] output_size, SymInt[] kernel_size, "
@@ -43,7 +44,7 @@ for _schema_of_launch in schemas.SCHEMAS:
 
 def _schema(slot: int) -> str:
     tensors = ", ".join(f"Tensor {_SLOTS[other]}" for other in _OTHERS[slot])
-    bias = ", Tensor? bias" if slot == _GRAD else ""
+    bias = ", Tensor? bias" if slot in _BIASED else ""
     return f"{OPS[slot]}({tensors}{bias}, {_GEOMETRY_SCHEMA}) -> Tensor"
 
 
@@ -112,10 +113,10 @@ def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Prob
 
 def _unpack(slot: int, args: Sequence[Any]) -> tuple[Any, ...]:
     """Operator arguments in schema order -> (tensors, bias, geometry, backend, algorithm)."""
-    count = 4 if slot == _GRAD else 3
+    count = 4 if slot in _BIASED else 3
     fields: list[Any] = [tuple(values) for values in args[count : count + 6]]
     geometry = Geometry(*fields, groups=args[count + 6])  # type: ignore[misc]
-    return args[:3], args[3] if slot == _GRAD else None, geometry, *args[count + 7 :]
+    return args[:3], args[3] if slot in _BIASED else None, geometry, *args[count + 7 :]
 
 
 def _execute(slot: int, *args: Any) -> Tensor:
@@ -127,7 +128,7 @@ def _execute(slot: int, *args: Any) -> Tensor:
         return output if bias is None else output.add_(bias.view(-1, *(1,) * geometry.dims))
     plan = planner.plan(problem, backend, algorithm)
     run = getattr(backends.BACKENDS[plan.backend], problem.op)
-    return run(plan, *tensors, bias) if slot == _GRAD else run(plan, *tensors)
+    return run(plan, *tensors, bias) if slot in _BIASED else run(plan, *tensors)
 
 
 def _call(
@@ -140,7 +141,7 @@ def _call(
 ) -> Tensor:
     """The registered operator `OPS[slot]`."""
     operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
-    operands = (*tensors, bias) if slot == _GRAD else tensors
+    operands = (*tensors, bias) if slot in _BIASED else tensors
     return operator(*operands, *_flatten(geometry), backend, algorithm)
 
 
@@ -256,8 +257,12 @@ def basis_conv(
     geometry: Geometry,
     backend: str,
     algorithm: str,
+    transposed: bool = False,
 ) -> Tensor:
     """y `[B, C_out, *S']` of x `[B, C_in, *S]`, A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`.
+
+    If `transposed`, x `[B, C_in, *S]` of y: the geometry and A's first two axes are read the other way
+    round, as `F.conv_transposeNd` reads its weight.
 
     Under autocast x, A and the bias are cast as for a convolution; phi is left as it is, because
     the kernels round it to the compute type themselves.
@@ -268,8 +273,9 @@ def basis_conv(
     backend = planner.resolve(backend, algorithm, input.device.type, geometry.taps, out_channels, rank)
     if backend == "reference":
         planner.check_reference(algorithm)
-        return reference.basis_conv(input, coefficients, basis, bias, geometry)
-    return form(_GRAD, geometry, backend, algorithm, bias, input, coefficients, basis)
+        return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
+    slot = _INPUT if transposed else _GRAD
+    return form(slot, geometry, backend, algorithm, bias, input, coefficients, basis)
 
 
 _MLP_SCHEMAS = (

@@ -109,7 +109,7 @@ def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Pl
 
 
 def mlp_backend(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[str, str]:
-    """(the backend whose kernel evaluates a coordinate MLP of these widths, why none does): one is ''."""
+    """(the backend whose kernel evaluates a coordinate MLP, why none does): one of them is ''."""
     engines = {name: module for name, module in BACKENDS.items() if hasattr(module, "can_evaluate")}
     if backend == "auto":
         if device.kind != "cuda":

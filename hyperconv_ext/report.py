@@ -8,20 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import backends, functional, ops, planner
+from . import backends, ops, planner
 from ._version import __version__
 from .geometry import Geometry
 from .hypernet import CoordinateMLP
-from .modules import HyperConv2d
+from .modules import HyperConvNd
 from .problem import OPS, Problem
 
 
-def explain(conv: HyperConv2d, input: Tensor) -> str:
+def explain(conv: HyperConvNd, input: Tensor) -> str:
     """Which backend, algorithm and tile each operator of `conv` on `input` gets, and why.
 
     Args:
         conv: the layer.
-        input: x, `[B, C_in, H, W]` or `[C_in, H, W]`; only its shape, dtype, strides and device count.
+        input: x, `[B, C_in, *S]` or `[C_in, *S]`; only its shape, dtype, strides and device count.
 
     Returns:
         Text: how the hyper-network is evaluated; then for the forward operator and each gradient the
@@ -39,22 +39,18 @@ def explain(conv: HyperConv2d, input: Tensor) -> str:
         return "\n".join([*lines, "reference: builds the weight and calls the library convolution"])
     with torch.no_grad():
         coefficients, basis = conv.kernel(track=False)
-        padded, padding = conv.padded(input)
-    batched = padded if padded.dim() == conv.dims + 2 else padded.unsqueeze(0)
-    geometry = functional.conv_geometry(
-        batched, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups
-    )
+        batched, geometry = conv.geometry(input)
     numbers = (input.device.type, geometry.taps, conv.out_channels, basis.shape[0])
     if planner.resolve(name, "auto", *numbers) == "reference":
         cheaper = f"cheaper than composite at {geometry.taps} taps on {input.device.type}"
         return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
-    forward = ops.problem_of(0, (batched, coefficients, basis), geometry)
+    forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:
         lines += _operator_lines(replace(forward, op=op), name)
     return "\n".join(lines)
 
 
-def _hypernet_line(conv: HyperConv2d, backend: str) -> str:
+def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     if not isinstance(conv.hypernet, CoordinateMLP):
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ TOLERANCE = 2.0**-9
 
 
 def _worst(errors: list[float]) -> float:
-    return max(errors, key=lambda error: torch.inf if error != error else error)
+    return max(torch.inf if math.isnan(error) else error for error in errors)
 
 
 def convolution_error() -> float:
@@ -40,14 +41,15 @@ def convolution_error() -> float:
     for kernel in tiles.ALL:
         if kernel.number != "half" or kernel.outputs == 16:
             continue
-        for warps, slice, stages in ((4, 99, 2), (4, 2, 1)):
+        for slice, stages in ((99, 2), (2, 1)):
             op = RUNS[kernel.family]
             # With one pass over the output channels, nothing but the barrier at hand guards the halo.
             channels = 32 if kernel.family == "basis_gradient" else 80
             operands = operands_of(op, torch.float16, device, 5, channels)
             problem = problem_for(op, operands, kernel.number)
-            slice = 99 if kernel.family == "basis_gradient" else slice
-            actual = run_tile(problem, tile_for(problem, kernel, warps, slice, stages), operands)
+            tiles_at_once = 99 if kernel.family == "basis_gradient" else slice
+            tile = tile_for(problem, kernel, 4, tiles_at_once, stages)
+            actual = run_tile(problem, tile, operands)
             wide = tuple(t.double() for t in operands)
             truth = ops.form(OPS_INDEX[op], GEOMETRY, "composite", "auto", None, *wide)
             errors.append(relative_error(actual, truth))

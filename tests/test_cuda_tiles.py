@@ -19,7 +19,7 @@ from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import OPS, Op, Plan, Problem
 
-from .oracle import CASES, NAMES, Case, check, draw, evaluate, lay_out, relative_error
+from .oracle import CASES, NAMES, Case, check, draw, evaluate, relative_error
 
 pytestmark = pytest.mark.skipif(bool(library.reason()), reason=library.reason())
 hosted = pytest.mark.skipif(
@@ -67,7 +67,7 @@ def tile_for(problem: Problem, kernel: tiles.Kernel, warps: int, slice: int, sta
 
 
 def run_tile(problem: Problem, tile: tiles.Tile, operands: tuple[Tensor, ...]) -> Tensor:
-    bias = (None,) if problem.op == "basis_conv_fwd" else ()
+    bias = (None,) if problem.op in ("basis_conv_fwd", "basis_conv_bwd_input") else ()
     return getattr(launch, problem.op)(Plan(problem, "cuda", "basis", tile, 0.0), *operands, *bias)
 
 

@@ -2,8 +2,8 @@
 
 A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, reason)`,
 `configure(problem, algorithm) -> (tile or None, estimated seconds)`, and one function per operator in
-`problem.OPS`. One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the coordinate
-MLP: `coordinate_mlp_fwd`, `coordinate_mlp_bwd`.
+`problem.OPS`. One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the
+coordinate MLP: `coordinate_mlp_fwd`, `coordinate_mlp_bwd`.
 """
 
 from __future__ import annotations

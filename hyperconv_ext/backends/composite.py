@@ -103,12 +103,17 @@ def basis_conv_fwd(
     return conform(output, input)
 
 
-def basis_conv_bwd_input(plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-    """The gradient of x, `[B, C_in, *S]`."""
+def basis_conv_bwd_input(
+    plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
     geometry = plan.problem.geometry
     u = _responses_gradient(grad, coefficients, geometry)
     gradient = _gather(u, _filters(basis, u), geometry)
-    return conform(gradient.reshape(grad.shape[0], -1, *geometry.input_size), grad)
+    gradient = gradient.reshape(grad.shape[0], -1, *geometry.input_size)
+    if bias is not None:
+        gradient = gradient + bias.view(-1, *(1,) * geometry.dims)
+    return conform(gradient, grad)
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:

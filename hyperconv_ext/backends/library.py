@@ -1,6 +1,6 @@
 """`aten::convolution` and its gradients for a `Geometry`, asymmetric padding included.
 
-The library-backed backends (`reference`, `composite`) are written with these three calls.
+The library-backed backends (`reference`, `composite`) are written with these calls.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ def convolution(
     if not geometry.symmetric:
         input = F.pad(input, _explicit_padding(geometry))
     return torch.ops.aten.convolution(input, weight, bias, *_arguments(geometry, groups))
+
+
+def transposed_convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+) -> Tensor:
+    """`F.conv_transposeNd`, `[B, C_out, *S']`, `[C_out, C_in/groups, *kernel]` -> `[B, C_in, *S]`.
+
+    `geometry` is that of the convolution whose input gradient this is.
+    """
+    arguments = (geometry.stride, geometry.padding, geometry.dilation, True)
+    return torch.ops.aten.convolution(input, weight, bias, *arguments, geometry.output_padding, groups)
 
 
 def convolution_input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Geometry
-from .library import convolution
+from .library import convolution, transposed_convolution
 
 # The slope of the published hyper-networks' LeakyReLU (Ma et al., WACV 2022).
 LEAKY_SLOPE = 0.1
@@ -29,10 +29,17 @@ def materialize_weight(coefficients: Tensor, basis: Tensor) -> Tensor:
 
 
 def basis_conv(
-    input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None, geometry: Geometry
+    input: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    transposed: bool = False,
 ) -> Tensor:
-    """`F.convNd(input, W, bias, ...)` with W built in memory; same signature as `ops.basis_conv`."""
+    """`F.convNd` or `F.conv_transposeNd` with W built in memory; arguments as in `ops.basis_conv`."""
     weight = materialize_weight(coefficients, basis)
+    if transposed:
+        return transposed_convolution(input, weight, bias, geometry, geometry.groups)
     return convolution(input, weight, bias, geometry, geometry.groups)
 
 

@@ -18,9 +18,9 @@ def _wanted(processors: int, programs: int, work: int) -> int:
 def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int, bool]:
     """(shares, whether they are summed by atomic additions) of the coefficient gradient.
 
-    `programs` run for each share; `work` is what can be shared. As many slices of C_out * C_in/groups * R
-    numbers must stay smaller than W would be. Where that is too few to fill the machine, atomic
-    additions take over, unless deterministic algorithms are demanded.
+    `programs` run for each share; `work` is what can be shared. As many slices of
+    C_out * C_in/groups * R numbers must stay smaller than W would be. Where that is too few to fill the
+    machine, atomic additions take over, unless deterministic algorithms are demanded.
     """
     wanted = _wanted(problem.device.processors, programs, work)
     slices = max(1, (problem.geometry.taps - 1) // problem.rank)

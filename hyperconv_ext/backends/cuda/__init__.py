@@ -1,4 +1,4 @@
-"""The fused CUDA C++ backend: the kernels of csrc/ in a shared library that is loaded when first asked for.
+"""The fused CUDA C++ backend: the kernels of csrc/, in a shared library loaded when first asked for.
 
 One algorithm, `basis`: z is formed on the tensor cores by banded (block Toeplitz) products and passes,
 in registers, to the product with the coefficients.

@@ -45,18 +45,24 @@ def _new_packed(plan: Plan, like: Tensor, size_i: int, size_o: int, multiple: in
 
 
 def _convolve(
-    name: str, plan: Plan, source: Tensor, coefficients: Tensor, basis: Tensor, *rest: Any
+    plan: Plan,
+    source: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
 ) -> Tensor:
-    """`basis_conv_fwd` and `basis_conv_bwd_input`; `rest` ends with the output."""
+    """`basis_conv_fwd` and `basis_conv_bwd_input`."""
     problem, tile = plan.problem, plan.tile
     map = map_of(problem, tile.unit, tile.grid)
     packed = _new_packed(plan, source, *channels(problem), tile.kernel.outputs)
     _launch(
-        name,
+        problem.op,
         source,
         coefficients,
         basis.float().contiguous(),
-        *rest,
+        None if bias is None else bias.to(source.dtype).contiguous(),
+        output,
         _new_bands(plan, map, source),
         packed,
         map.flatten(),
@@ -65,7 +71,7 @@ def _convolve(
         problem.tf32,
         problem.aligned,
     )
-    return rest[-1]
+    return output
 
 
 def basis_conv_fwd(
@@ -74,15 +80,16 @@ def basis_conv_fwd(
     """y `[B, C_out, *S']`."""
     problem = plan.problem
     output = new_activation(input, problem.out_channels, problem.geometry.output_size)
-    bias = None if bias is None else bias.to(input.dtype).contiguous()
-    return _convolve("basis_conv_fwd", plan, input, coefficients, basis, bias, output)
+    return _convolve(plan, input, coefficients, basis, bias, output)
 
 
-def basis_conv_bwd_input(plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-    """The gradient of x, `[B, C_in, *S]`."""
+def basis_conv_bwd_input(
+    plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
     problem = plan.problem
     output = new_activation(grad, problem.in_channels, problem.geometry.input_size)
-    return _convolve("basis_conv_bwd_input", plan, grad, coefficients, basis, output)
+    return _convolve(plan, grad, coefficients, basis, bias, output)
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:

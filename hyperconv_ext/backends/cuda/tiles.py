@@ -248,7 +248,7 @@ def basis_pieces(map: Map) -> int:
 
 
 def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated time of one launch: per pass the slowest of products, shared memory and global memory."""
+    """Estimated time of a launch: per pass, above all the slowest of products and both memories."""
     kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
     width = 512 if kernel.number == "half" else 1024  # bytes of a tile
     size_i, size_o = channels(problem)

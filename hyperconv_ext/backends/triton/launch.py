@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...layout import new_activation
 from ...problem import Plan
+from ..lattice import Lattice
 from .kernels.conv import basis_kernel, direct_kernel
 from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
 from .kernels.mlp import mlp_backward_kernel, mlp_kernel
 from .kernels.prepare import prepare_kernel
 from .kernels.rows import HEADER
-from ..lattice import Lattice
 from .tiles import (
     PATCH_GRANULE,
     Tile,
@@ -229,11 +229,13 @@ def basis_conv_fwd(
     return _convolve(plan, input, coefficients, basis, bias, output, transposed=False)
 
 
-def basis_conv_bwd_input(plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-    """The gradient of x, `[B, C_in, *S]`."""
+def basis_conv_bwd_input(
+    plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
     problem = plan.problem
     output = new_activation(grad, problem.in_channels, problem.geometry.input_size)
-    return _convolve(plan, grad, coefficients, basis, None, output, transposed=True)
+    return _convolve(plan, grad, coefficients, basis, bias, output, transposed=True)
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:

@@ -1,0 +1,252 @@
+"""Checks that a user's mistake meets: each names the argument, the expected, the given, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+def per_axis(name: str, value: int | Sequence[int], dims: int, minimum: int) -> tuple[int, ...]:
+    """`value` as one integer per axis.
+
+    Raises:
+        TypeError: not an integer or a sequence of integers.
+        ValueError: the wrong number of them, or one below `minimum`.
+    """
+    expected = f"an integer or {dims} of them, each at least {minimum}"
+    values = (value,) * dims if isinstance(value, int) else value
+    numbers = isinstance(values, Sequence) and all(isinstance(v, int) for v in values)
+    if not numbers or isinstance(values, str):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}; pass integers")
+    if len(values) != dims or min(values) < minimum:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}; pass {dims} in range")
+    return tuple(values)
+
+
+def axis_padding(
+    padding: int | Sequence[int] | str, stride: tuple[int, ...], dims: int
+) -> tuple[int, ...] | str:
+    """`padding` as one integer per axis, or the mode `'same'` or `'valid'`.
+
+    Raises:
+        ValueError: another string, or `'same'` with a stride.
+    """
+    if not isinstance(padding, str):
+        return per_axis("padding", padding, dims, 0)
+    if padding not in ("same", "valid"):
+        raise ValueError(
+            f"padding: expected integers, 'same' or 'valid', got {padding!r}; pass one of these"
+        )
+    if padding == "same" and max(stride) > 1:
+        raise ValueError(
+            f"padding: 'same' expected stride 1, got stride {stride}; pass the padding as integers"
+        )
+    return padding
+
+
+def check_name(argument: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(
+            f"{argument}: expected one of {', '.join(known)}, got {value!r}; pass one of these"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def check_groups(groups: int) -> None:
+    """Raise ValueError unless `groups` is a positive integer."""
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
+
+
+def check_tensor(name: str, tensor: object, device: torch.device | None = None) -> None:
+    """Raise unless `tensor` is a floating-point tensor, on `device` if that is given."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}; "
+            f"convert it with .to()"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name}: expected it on the input's device {device}, got {tensor.device}; "
+            f"move it with .to()"
+        )
+
+
+def check_tensors(
+    dims: int,
+    input: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    transposed: bool,
+) -> None:
+    """Raise unless the operands of a convolution with `dims` spatial axes fit each other."""
+    check_tensor("input", input)
+    named = {"coefficients": coefficients, "basis": basis} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        check_tensor(name, tensor, input.device)
+    if input.dim() not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
+            f"got {_shape(input)}; add or remove axes"
+        )
+    check_groups(groups)
+    first, second = ("C_in", "C_out") if transposed else ("C_out", "C_in")
+    if coefficients.dim() != 3 or coefficients.shape[0] % groups:
+        raise ValueError(
+            f"coefficients: expected [{first}, {second}/groups, R] with {first} divisible by "
+            f"groups={groups}, got {_shape(coefficients)}; reshape them or change groups"
+        )
+    sizes = coefficients.shape[0], coefficients.shape[1] * groups
+    in_channels, out_channels = sizes if transposed else sizes[::-1]
+    if in_channels != input.shape[-dims - 1]:
+        raise ValueError(
+            f"input: expected {in_channels} channels "
+            f"(coefficients {_shape(coefficients)}, groups={groups}), got {input.shape[-dims - 1]} in "
+            f"{_shape(input)}; match the input's channels to the coefficients"
+        )
+    if basis.dim() != dims + 1 or basis.shape[0] != coefficients.shape[2] or 0 in basis.shape:
+        raise ValueError(
+            f"basis: expected [R, {', '.join(['k'] * dims)}] with R={coefficients.shape[2]} "
+            f"(coefficients {_shape(coefficients)}) and no empty axis, got {_shape(basis)}; "
+            f"give one basis function per coefficient column"
+        )
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(
+            f"bias: expected [{out_channels}], got {_shape(bias)}; give one value per output channel"
+        )
+    if not torch.is_autocast_enabled(input.device.type):
+        _check_dtypes(input, coefficients, basis, bias)
+
+
+def _check_dtypes(input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None) -> None:
+    named = {"coefficients": coefficients} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}; "
+                f"convert one of them, or use torch.autocast"
+            )
+    wide = torch.promote_types(input.dtype, torch.float32)
+    if basis.dtype not in (input.dtype, wide):
+        raise TypeError(
+            f"basis: expected {' or '.join(sorted({str(input.dtype), str(wide)}))}, "
+            f"got {basis.dtype}; convert it with .to()"
+        )
+
+
+def conv_geometry(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry of `F.convNd` on `input` with these arguments.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the output would have no positions.
+    """
+    dims = len(kernel_size)
+    steps = per_axis("stride", stride, dims, 1)
+    geometry = Geometry.conv(
+        input.shape[-dims:],
+        kernel_size,
+        steps,
+        axis_padding(padding, steps, dims),
+        per_axis("dilation", dilation, dims, 1),
+        groups,
+    )
+    if min(geometry.output_size) < 1:
+        raise ValueError(
+            f"input: expected at least the kernel's extent on each axis, got {_shape(input)} for "
+            f"kernel_size {geometry.kernel_size}, padding {geometry.padding}, dilation "
+            f"{geometry.dilation} (output {list(geometry.output_size)}); pad the input or use a "
+            f"smaller kernel"
+        )
+    return geometry
+
+
+def conv_transpose_geometry(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry of which `F.conv_transposeNd` on `input` with these arguments is the input gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the output would have no positions.
+    """
+    dims = len(kernel_size)
+    steps, spread = per_axis("stride", stride, dims, 1), per_axis("dilation", dilation, dims, 1)
+    extra = per_axis("output_padding", output_padding, dims, 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, steps, spread, strict=True)):
+        raise ValueError(
+            f"output_padding: expected less than the stride {steps} or the dilation {spread} on each "
+            f"axis, got {extra}; use a smaller one, or pad the output"
+        )
+    geometry = Geometry.conv_transpose(
+        input.shape[-dims:],
+        kernel_size,
+        steps,
+        per_axis("padding", padding, dims, 0),
+        extra,
+        spread,
+        groups,
+    )
+    if min(geometry.input_size) < 1:
+        raise ValueError(
+            f"padding: expected an output of at least one position on each axis, got "
+            f"{list(geometry.input_size)} for input {_shape(input)}, kernel_size "
+            f"{geometry.kernel_size}, padding {geometry.padding}; use less padding"
+        )
+    return geometry
+
+
+def check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int, input: Tensor) -> None:
+    """Raise unless the layers of a coordinate MLP fit each other, `dims` coordinates and the input."""
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"weights, biases: expected one of each per layer and at least one layer, got "
+            f"{len(weights)} and {len(biases)}; give every layer both"
+        )
+    width = dims
+    for index, (weight, offset) in enumerate(zip(weights, biases, strict=True)):
+        check_tensor(f"weights[{index}]", weight, input.device)
+        check_tensor(f"biases[{index}]", offset, input.device)
+        if (weight.dtype == torch.float64) != (input.dtype == torch.float64):
+            raise TypeError(
+                f"weights[{index}]: expected float64 if and only if the input is, got "
+                f"{weight.dtype} with input {input.dtype}; convert one of them"
+            )
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"weights[{index}]: expected [features, {width}], got {_shape(weight)}; each layer "
+                f"takes the previous one's features, the first one the {dims} coordinates"
+            )
+        width = weight.shape[0]
+        if offset.shape != (width,):
+            raise ValueError(
+                f"biases[{index}]: expected [{width}], got {_shape(offset)}; give one per feature"
+            )
