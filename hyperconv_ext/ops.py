@@ -322,12 +322,15 @@ class CoordinateMLPFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        coordinates, *parameters = ctx.saved_tensors
-        pairs = zip(parameters, tangents[5:], strict=True)
+        pairs = zip(ctx.saved_tensors, tangents[4:], strict=True)
         directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
-        function = _mlp_function(coordinates, ctx.activation, ctx.constant, ctx.layers)
+
+        def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
+            basis = _mlp_function(coordinates, ctx.activation, ctx.constant, ctx.layers)
+            return basis(*parameters)
+
         # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
-        output, pullback, *_ = torch.func.vjp(function, *parameters)
+        output, pullback, *_ = torch.func.vjp(function, *ctx.saved_tensors)
         _, double, *_ = torch.func.vjp(pullback, torch.zeros_like(output))
         return double(directions)[0]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,18 +13,33 @@ from hyperconv_ext import HyperConv2d, functional
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import OPS
 
-BACKENDS = ("composite", "triton")
+from .conftest import FUSED, precision_of_the_framework
+
+BACKENDS = ("composite", *FUSED)
 GEOMETRIES = {
     "plain": ((1, 1), (1, 1), (1, 1), 1),
     "strided, dilated": ((2, 1), (1, 2), (1, 2), 1),
     "same, groups": ((1, 1), "same", (1, 1), 2),
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Without what earlier tests compiled, which counts towards the limit of recompilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def _tensors(dtype: torch.dtype, groups: int = 1, device: str | torch.device = "cpu") -> list[Tensor]:
     shapes = ((2, 4, 5, 4), (4, 4 // groups, 3), (3, 2, 3), (4,))
     return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
+
+
+def _precision(backend: str, device: torch.device) -> AbstractContextManager[None]:
+    return precision_of_the_framework(device) if backend == "cuda" else nullcontext()
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
@@ -48,7 +66,9 @@ def test_third_derivatives(backend: str, device) -> None:
             value = sum(grad.pow(2).sum() for grad in grads)
         return list(torch.autograd.grad(value, tensors))
 
-    for actual, expected in zip(third(backend), third("reference"), strict=True):
+    with _precision(backend, device):
+        results = third(backend), third("reference")
+    for actual, expected in zip(*results, strict=True):
         # TF32 (on a GPU) enters at every order; elsewhere this is float32 rounding.
         tolerance = 5e-2 if device.type == "cuda" else 1e-4
         assert (actual - expected).norm() <= tolerance * expected.norm()
@@ -60,21 +80,17 @@ def test_opcheck(op: str, backend: str, device) -> None:
     input, coefficients, basis, bias = _tensors(torch.float32, groups=2, device=device)
     geometry = Geometry.conv((5, 4), (2, 3), (1, 1), "same", (1, 1), 2)
     grad = torch.randn(2, 4, 5, 4, device=device, requires_grad=True)
-    operands = {
-        "basis_conv_fwd": (input, coefficients, basis, bias),
-        "basis_conv_bwd_input": (grad, coefficients, basis),
-        "basis_conv_bwd_coeff": (grad, input, basis),
-        "basis_conv_bwd_basis": (grad, input, coefficients),
-    }[op]
+    named = {"grad": grad, "input": input, "coefficients": coefficients, "basis": basis, "bias": bias}
+    operator = getattr(torch.ops.hyperconv_ext, op).default
+    operands = [named[a.name] for a in operator._schema.arguments if a.name in named]
     sizes = (geometry.input_size, geometry.output_size, geometry.kernel_size)
     steps = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    operator = getattr(torch.ops.hyperconv_ext, op).default
     torch.library.opcheck(operator, (*operands, *sizes, *steps, backend, "auto"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weight_norm", [None, "batch"])
-def test_compile_is_one_graph(backend: str, weight_norm: str | None, device) -> None:
+def test_compile_is_one_graph(backend: str, weight_norm: str | None, device, compiler) -> None:
     conv = HyperConv2d(4, 6, 3, padding=1, backend=backend, weight_norm=weight_norm, device=device)
     input = torch.randn(2, 4, 7, 6, device=device, requires_grad=True)
     leaves = [input, *conv.parameters()]
@@ -90,7 +106,7 @@ def test_compile_is_one_graph(backend: str, weight_norm: str | None, device) -> 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor(dynamic: bool, device) -> None:
+def test_inductor(dynamic: bool, device, compiler) -> None:
     conv = HyperConv2d(4, 6, 3, padding=1, backend="composite", device=device)
     compiled = torch.compile(conv, fullgraph=True, dynamic=dynamic)
     for size in (6, 9):
@@ -116,15 +132,18 @@ def test_function_transforms(backend: str, device) -> None:
         hessian = torch.func.hessian(loss(name), argnums=2)(*tensors)
         return [*per_example, value, tangent, hessian]
 
-    for actual, expected in zip(transforms(backend), transforms("reference"), strict=True):
+    with _precision(backend, device):
+        results = transforms(backend), transforms("reference")
+    for actual, expected in zip(*results, strict=True):
         tolerance = 2e-2 if device.type == "cuda" else 1e-5
         assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
 @needs_gpu
-def test_cuda_graph() -> None:
+@every_fused_backend
+def test_cuda_graph(backend: str) -> None:
     """Capturable: no synchronisation, no allocation outside the caching allocator."""
-    conv = HyperConv2d(16, 32, 5, padding=2, device="cuda", dtype=torch.bfloat16, backend="triton")
+    conv = HyperConv2d(16, 32, 5, padding=2, device="cuda", dtype=torch.bfloat16, backend=backend)
     input = torch.randn(4, 16, 20, 20, device="cuda", dtype=torch.bfloat16)
     for _ in range(2):
         expected = conv(input)
@@ -137,9 +156,10 @@ def test_cuda_graph() -> None:
 
 
 @needs_gpu
-def test_current_stream() -> None:
+@every_fused_backend
+def test_current_stream(backend: str) -> None:
     """Work queued behind a slow kernel on a side stream must see that kernel's result."""
-    conv = HyperConv2d(16, 16, 5, padding=2, device="cuda", backend="triton")
+    conv = HyperConv2d(16, 16, 5, padding=2, device="cuda", backend=backend)
     input = torch.randn(4, 16, 20, 20, device="cuda")
     expected = conv(input)
     late = torch.full_like(input, float("nan"))
@@ -154,15 +174,16 @@ def test_current_stream() -> None:
 
 
 @needs_gpu
+@every_fused_backend
 @pytest.mark.parametrize("allow", [False, True])
-def test_tf32_follows_the_frameworks_switch(allow: bool) -> None:
+def test_tf32_follows_the_frameworks_switch(allow: bool, backend: str) -> None:
     """Without TF32 the error is that of float32, with it that of an 11-bit significand."""
     tensors = [t.detach() for t in _tensors(torch.float32, device="cuda")]
     truth = functional.basis_conv2d(*(t.double() for t in tensors), backend="reference")
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allow
     try:
-        output = functional.basis_conv2d(*tensors, backend="triton")
+        output = functional.basis_conv2d(*tensors, backend=backend)
     finally:
         torch.backends.cudnn.allow_tf32 = before
     error = ((output.double() - truth).norm() / truth.norm()).item()

@@ -15,11 +15,18 @@ from hyperconv_ext import HyperConv2d, functional
 from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.planner import PlanError
 
+from .conftest import FUSED, dtypes_of
 from .oracle import check
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 T, V = TypeError, ValueError
 PER_AXIS = "expected an integer or 2 of them, each at least"
 NAMES = ("input", "coefficients", "basis", "bias")
+IN_BFLOAT16 = [
+    *("auto", "reference", "composite"),
+    *(name for name in FUSED if torch.bfloat16 in dtypes_of(name, DEVICE)),
+]
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 
 
 def _tensors(device, dtype=torch.float32) -> dict[str, Tensor]:
@@ -97,7 +104,11 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"padding": "full"}, V, "padding: expected integers, 'same' or 'valid', got 'full'; pass"),
     ({"padding": "same", "stride": (1, 2)}, V, "padding: …got stride (1, 2); pass the padding as"),
     ({"dilation": 4}, V, "input: …got [2, 4, 7, 9] for kernel_size (3, 4)…(4, 4)…[-1, -3]); pad"),
-    ({"backend": "cudnn"}, V, "backend: expected one of auto, ref…triton…got 'cudnn'; pass"),
+    (
+        {"backend": "cudnn"},
+        V,
+        "backend: expected one of auto, reference, cuda, triton, composite, got 'cudnn'; pass",
+    ),
     ({"algorithm": "fft"}, V, "algorithm: expected one of auto, …direct…got 'fft'; pass one"),
     (
         {"backend": "composite", "algorithm": "direct"},
@@ -107,7 +118,12 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "triton", "algorithm": "composite"},
         PlanError,
-        "algorithm='composite' is not one of…(triton: basis/direct,…; name",
+        "algorithm='composite' is not one of…, triton: basis/direct,…; name",
+    ),
+    (
+        {"backend": "cuda", "algorithm": "direct"},
+        PlanError,
+        "algorithm='direct' is not one of backend='cuda' (cuda: basis, …; name",
     ),
     ({"backend": "reference", "algorithm": "basis"}, PlanError, "algorithm='basis'…'reference'…;"),
 ]
@@ -130,7 +146,7 @@ HYPER_ONLY: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kernel_size": "3"}, T, f"kernel_size: {PER_AXIS} 1, got '3'; pass integers"),
     ({"kernel_size": 3.0}, T, f"kernel_size: {PER_AXIS} 1, got 3.0; pass integers"),
     ({"kernel_size": (8, 1)}, V, "input: …kernel's extent…(8, 1)…; pad"),
-    ({"coefficients": _zeros()}, V, "coefficients: expected [C_out, C_in/groups, R]…got []; "),
+    ({"coefficients": _zeros()}, V, "coefficients: expected a last axis R=3 …got []; match"),
     (
         {"coefficients": _zeros(6, 2, 5)},
         V,
@@ -189,17 +205,18 @@ def test_hyper_conv2d_refuses(row, device) -> None:
     _refused(functional.hyper_conv2d, _mlp(device), row)
 
 
+@every_fused_backend
 @pytest.mark.parametrize(
     ("function", "arguments"), [(functional.basis_conv2d, _tensors), (functional.hyper_conv2d, _mlp)]
 )
-def test_triton_refuses_float64(function, arguments, device) -> None:
-    message = r"basis_conv_fwd cannot run with backend='triton'.*not float64.*; use backend='auto'"
+def test_float64_is_refused(function, arguments, backend: str, device) -> None:
+    message = rf"basis_conv_fwd cannot run with backend='{backend}'.*not float64.*; use backend='auto'"
     with pytest.raises(PlanError, match=message):
-        function(**arguments(device, torch.float64), backend="triton")
+        function(**arguments(device, torch.float64), backend=backend)
 
 
 def test_a_named_algorithm_is_used_by_auto(device) -> None:
-    """Not replaced by the dense convolution, which has none: Triton refuses float64."""
+    """Not replaced by the dense convolution, which has none: the fused backends refuse float64."""
     with pytest.raises(PlanError, match="not float64"):
         functional.basis_conv2d(**_tensors(device, torch.float64), algorithm="basis")
 
@@ -279,7 +296,7 @@ def test_padding_names_and_unbatched_input(backend: str, padding, device) -> Non
     torch.testing.assert_close(actual, expected[1])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "composite"])
+@pytest.mark.parametrize("backend", IN_BFLOAT16)
 def test_autocast(backend: str, device) -> None:
     """bfloat16 out, as near to float64 as `F.conv2d` under autocast; gradients in the leaves' dtype."""
     tensors = _tensors(device)
@@ -295,7 +312,7 @@ def test_autocast(backend: str, device) -> None:
     assert all(tensors[name].grad.dtype == torch.float32 for name in NAMES)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "composite"])
+@pytest.mark.parametrize("backend", IN_BFLOAT16)
 def test_float32_basis_with_bfloat16_input(backend: str, device) -> None:
     tensors = _tensors(device, torch.bfloat16)
     tensors["basis"] = torch.randn(3, 3, 4, device=device, requires_grad=True)
@@ -313,19 +330,20 @@ def test_float32_basis_with_bfloat16_input(backend: str, device) -> None:
     check("basis", gradient, expected, expected.bfloat16())
 
 
-def test_environment_overrides_auto(device, monkeypatch) -> None:
-    """Seen by what Triton refuses: float64."""
+@every_fused_backend
+def test_environment_overrides_auto(backend: str, device, monkeypatch) -> None:
+    """Seen by what the fused backends refuse: float64."""
     tensors = _tensors(device, torch.float64)
     expected = _dense(tensors)
-    monkeypatch.setenv("HYPERCONV_BACKEND", "triton")
+    monkeypatch.setenv("HYPERCONV_BACKEND", backend)
     for call in (
         lambda: functional.basis_conv2d(**tensors),
         lambda: HyperConv2d(4, 6, 3, device=device, dtype=torch.float64)(tensors["input"]),
     ):
-        with pytest.raises(PlanError, match=r"backend='triton'.*not float64"):
+        with pytest.raises(PlanError, match=rf"backend='{backend}'.*not float64"):
             call()
-    for backend in ("reference", "composite"):
-        torch.testing.assert_close(functional.basis_conv2d(**tensors, backend=backend), expected)
+    for name in ("reference", "composite"):
+        torch.testing.assert_close(functional.basis_conv2d(**tensors, backend=name), expected)
     for name in ("auto", "reference", "composite"):
         monkeypatch.setenv("HYPERCONV_BACKEND", name)
         torch.testing.assert_close(functional.basis_conv2d(**tensors), expected)
@@ -334,7 +352,7 @@ def test_environment_overrides_auto(device, monkeypatch) -> None:
 def test_environment_names_no_backend(device, monkeypatch) -> None:
     tensors = _tensors(device)
     monkeypatch.setenv("HYPERCONV_BACKEND", "cudnn")
-    message = r"^HYPERCONV_BACKEND: expected one of auto, reference, .*got 'cudnn'; set it .*unset"
+    message = r"^HYPERCONV_BACKEND: expected one of auto, reference, cuda, .*got 'cudnn'; set it .*unset"
     for function, arguments in (
         (functional.basis_conv2d, tensors),
         (functional.hyper_conv2d, _mlp(device)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hyperconv_ext.geometry import Geometry
@@ -12,6 +12,7 @@ from hyperconv_ext.geometry import Geometry
 small = st.integers(1, 6)
 
 
+@settings(deadline=None)  # the first example may find the machine busy
 @given(size=st.integers(1, 20), kernel=small, stride=small, padding=st.integers(0, 5), dilation=small)
 def test_output_size_is_that_of_conv1d(size, kernel, stride, padding, dilation) -> None:
     assume(size + 2 * padding >= dilation * (kernel - 1) + 1)
@@ -28,6 +29,7 @@ def test_output_size_is_that_of_conv1d(size, kernel, stride, padding, dilation) 
     )
 
 
+@settings(deadline=None)  # the first example may find the machine busy
 @given(size=st.integers(6, 20), kernel=st.integers(1, 5), dilation=small)
 def test_same_pads_the_odd_zero_at_the_end(size, kernel, dilation) -> None:
     geometry = Geometry.conv((size,), (kernel,), (1,), "same", (dilation,), 1)

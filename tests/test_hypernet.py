@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hyperconv_ext import backends, ops, planner
 from hyperconv_ext.hypernet import CoordinateMLP, tap_coordinates
 
-from .oracle import relative_error
+from .conftest import FUSED, dtypes_of
+from .oracle import FLOOR, relative_error
 
 ACTIVATIONS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "leaky_relu": nn.LeakyReLU(0.1),
@@ -22,9 +23,13 @@ ACTIVATIONS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "sine": torch.sin,
 }
 WIDTHS = ((2, 16, 16, 4), (2, 5), (1, 7, 1, 3), (3, 64, 33))
+# What the CUDA kernels just take: 64 wide, eight layers.
+LARGEST = ((64, 64), (2, *(64,) * 8), (3, 9, 16, 1, 33, 8, 5, 12, 4))
 # A few roundings beside twice PyTorch's float32 error: values are O(1) and single sums can be exact.
 FEW_EPS = 8 * 2.0**-23
-fused_activations = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+every_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
+needs_cuda_library = pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def test_bad_names_and_widths() -> None:
             CoordinateMLP(2, hidden, features)
 
 
-@fused_activations
+@every_activation
 def test_forward_is_that_of_a_sequential(activation: str, device) -> None:
     mlp = CoordinateMLP(2, (16, 7), 5, activation, device, torch.float64)
     assert mlp.widths == (2, 16, 7, 5)
@@ -123,11 +128,11 @@ def _phi(activation: str, constant: bool, backend: str) -> Callable[..., Tensor]
     return function
 
 
-def _compare(measure: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
+def _compare(measure: Callable[..., list[Tensor]], tensors: list[Tensor], backend: str) -> None:
     """`measure(backend, *tensors)` by the fused kernels, against float64 and PyTorch's own error."""
     truth = measure("reference", *(t.double() for t in tensors))
     own = measure("reference", *tensors)
-    actual = measure("triton", *tensors)
+    actual = measure(backend, *tensors)
     assert len(actual) == len(truth)
     for index, (a, t, o) in enumerate(zip(actual, truth, own, strict=True)):
         assert a.shape == t.shape and a.dtype == torch.float32
@@ -142,51 +147,68 @@ def _draw(widths: tuple[int, ...], activation: str, taps: int, device) -> list[T
     return [coordinates, *(p.detach() for p in (*weights, *biases))]
 
 
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@fused_activations
-def test_fused_value_and_gradients(activation: str, widths: tuple[int, ...], device, poisoned) -> None:
+def _check_value_and_gradients(activation: str, widths: tuple[int, ...], backend: str, device) -> None:
+    assert planner.mlp_backend(widths, "float32", backends.describe(device), backend) == (backend, "")
     for taps, constant in ((1, True), (7, False), (49, True)):
         cotangent = torch.randn(widths[-1] + constant, taps, device=device)
 
-        def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+        def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
             leaves = [p.clone().requires_grad_() for p in parameters]
-            basis = _phi(activation, constant, backend)(coordinates, *leaves)  # noqa: B023
+            basis = _phi(activation, constant, name)(coordinates, *leaves)  # noqa: B023
             gradients = torch.autograd.grad(basis, leaves, cotangent.to(basis.dtype))  # noqa: B023
             # A layer's two as one: a lone bias may be the difference of far larger terms.
             pairs = zip(gradients[: len(leaves) // 2], gradients[len(leaves) // 2 :], strict=True)
             return [basis.detach(), *(torch.cat([w, b.unsqueeze(1)], 1) for w, b in pairs)]
 
-        _compare(measure, _draw(widths, activation, taps, device))
+        _compare(measure, _draw(widths, activation, taps, device), backend)
 
 
-@fused_activations
-def test_fused_second_derivatives(activation: str, device) -> None:
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@every_activation
+@every_fused_backend
+def test_fused_value_and_gradients(
+    backend: str, activation: str, widths: tuple[int, ...], device, poisoned
+) -> None:
+    _check_value_and_gradients(activation, widths, backend, device)
+
+
+@needs_cuda_library
+@pytest.mark.parametrize("widths", LARGEST, ids=str)
+@every_activation
+def test_as_large_as_cuda_takes(activation: str, widths: tuple[int, ...], device, poisoned) -> None:
+    _check_value_and_gradients(activation, widths, "cuda", device)
+
+
+@every_activation
+@every_fused_backend
+def test_fused_second_derivatives(backend: str, activation: str, device) -> None:
     tensors = _draw((2, 6, 4), activation, 9, device)
     cotangent, *directions = (
         torch.randn(shape, device=device) for shape in [(5, 9), *(t.shape for t in tensors[1:])]
     )
 
-    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+    def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         leaves = [p.clone().requires_grad_() for p in parameters]
         v = cotangent.to(leaves[0].dtype).requires_grad_()
-        basis = _phi(activation, True, backend)(coordinates, *leaves)
+        basis = _phi(activation, True, name)(coordinates, *leaves)
         first = torch.autograd.grad(basis, leaves, v, create_graph=True)
         along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
         return list(torch.autograd.grad(along, [v, *leaves], materialize_grads=True))
 
-    _compare(measure, tensors)
+    _compare(measure, tensors, backend)
 
 
-@fused_activations
-def test_fused_forward_mode(activation: str, device) -> None:
+@every_activation
+@every_fused_backend
+def test_fused_forward_mode(backend: str, activation: str, device) -> None:
     tensors = _draw((2, 6, 4), activation, 9, device)
     directions = [torch.randn_like(t) for t in tensors[1:]]
 
-    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+    def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         tangents = tuple(d.to(coordinates.dtype) for d in directions)
 
         def phi(*p: Tensor) -> Tensor:
-            return _phi(activation, True, backend)(coordinates, *p)
+            return _phi(activation, True, name)(coordinates, *p)
 
         # Of all parameters, and of the last weight alone: the other tangents are then None.
         last = len(parameters) // 2 - 1
@@ -198,84 +220,108 @@ def test_fused_forward_mode(activation: str, device) -> None:
         )
         return [*every, one[1]]
 
-    _compare(measure, tensors)
+    _compare(measure, tensors, backend)
 
 
-def test_fused_gradients_per_example(device) -> None:
+@every_fused_backend
+def test_fused_gradients_per_example(backend: str, device) -> None:
     tensors = _draw((2, 6, 4), "silu", 9, device)
     count = 3
     stacks = [torch.randn(count, *t.shape, device=device) for t in tensors[1:]]
     cotangent = torch.randn(5, 9, device=device)
 
-    def measure(backend: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
+    def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         def loss(*p: Tensor) -> Tensor:
-            return (_phi("silu", True, backend)(coordinates, *p) * cotangent).sum()
+            return (_phi("silu", True, name)(coordinates, *p) * cotangent).sum()
 
         gradient = torch.func.grad(loss, argnums=tuple(range(len(parameters))))
         return list(torch.func.vmap(gradient)(*parameters))
 
-    _compare(measure, [tensors[0], *stacks])
+    _compare(measure, [tensors[0], *stacks], backend)
 
 
-def test_fused_takes_half_parameters(device, poisoned) -> None:
+@every_fused_backend
+def test_fused_takes_half_parameters(backend: str, device, poisoned) -> None:
     """Computed in float32 from them, gradients rounded to their dtype."""
-    mlp = _mlp((2, 16, 4), "gelu", device, torch.float16)
     coordinates = tap_coordinates((5, 5), "unit", device)
-    basis = mlp.basis(coordinates, True, "triton")
-    cotangent = torch.randn_like(basis)
-    gradients = torch.autograd.grad(basis, list(mlp.parameters()), cotangent)
-    assert all(g.dtype == torch.float16 for g in gradients)
-    wide = _mlp((2, 16, 4), "gelu", device, torch.float64)
-    wide.load_state_dict(mlp.state_dict())
-    truth = wide.basis(coordinates.double(), True, "reference")
-    assert relative_error(basis, truth) < FEW_EPS
-    expected = torch.autograd.grad(truth, list(wide.parameters()), cotangent.double())
-    assert all(relative_error(a, b) < 2.0**-11 for a, b in zip(gradients, expected, strict=True))
+    for dtype in dtypes_of(backend, device)[1:]:
+        mlp = _mlp((2, 16, 4), "gelu", device, dtype)
+        basis = mlp.basis(coordinates, True, backend)
+        cotangent = torch.randn_like(basis)
+        gradients = torch.autograd.grad(basis, list(mlp.parameters()), cotangent)
+        assert all(g.dtype == dtype for g in gradients)
+        wide = _mlp((2, 16, 4), "gelu", device, torch.float64)
+        wide.load_state_dict(mlp.state_dict())
+        truth = wide.basis(coordinates.double(), True, "reference")
+        assert relative_error(basis, truth) < FEW_EPS
+        expected = torch.autograd.grad(truth, list(wide.parameters()), cotangent.double())
+        for actual, exact in zip(gradients, expected, strict=True):
+            assert relative_error(actual, exact) < FLOOR[dtype]
 
 
-def test_who_evaluates_the_mlp(device) -> None:
+@every_fused_backend
+def test_who_evaluates_the_mlp(backend: str, device) -> None:
     """The kernels up to 64 wide; PyTorch beyond, in float64, on another backend: with the reason."""
     machine = backends.describe(device)
-    assert planner.fused_mlp((2, 64, 4), "float32", machine, "triton") == (True, "")
-    for widths, dtype, backend, reason in (
-        ((2, 65, 4), "float32", "triton", "up to 64 wide, not 65"),
-        ((2, 16, 4), "float64", "triton", "not float64"),
+    assert planner.mlp_backend((2, 64, 4), "float32", machine, backend) == (backend, "")
+    for widths, dtype, name, reason in (
+        ((2, 65, 4), "float32", backend, "up to 64 wide, not 65"),
+        ((2, 16, 4), "float64", backend, "not float64"),
         ((2, 16, 4), "float32", "composite", "'composite' evaluates it by PyTorch"),
     ):
-        fused, why = planner.fused_mlp(widths, dtype, machine, backend)
-        assert not fused and reason in why
-    assert planner.fused_mlp((2, 16, 4), "float32", backends.describe(torch.device("cpu")), "auto") == (
-        False,
+        engine, why = planner.mlp_backend(widths, dtype, machine, name)
+        assert not engine and reason in why
+    cpu = backends.describe(torch.device("cpu"))
+    assert planner.mlp_backend((2, 16, 4), "float32", cpu, "auto") == (
+        "",
         "there is no fused kernel for cpu",
     )
     wide = _mlp((2, 65, 4), "sine", device)
     coordinates = tap_coordinates((5, 5), "unit", device)
-    outputs = [wide.basis(coordinates, True, name) for name in ("triton", "reference")]
+    outputs = [wide.basis(coordinates, True, name) for name in (backend, "reference")]
     assert torch.equal(*outputs)
 
 
+@needs_cuda_library
+def test_cuda_leaves_a_ninth_layer_to_pytorch(device) -> None:
+    """Its gradient too."""
+    widths = (2, *(8,) * 8, 4)
+    machine = backends.describe(device)
+    engine, why = planner.mlp_backend(widths, "float32", machine, "cuda")
+    assert (engine, why) == ("", "cuda: its MLP kernels take up to 8 layers, not 9")
+    mlp = _mlp(widths, "sine", device)
+    coordinates = tap_coordinates((5, 5), "unit", device)
+    results = []
+    for name in ("cuda", "reference"):
+        basis = mlp.basis(coordinates, True, name)
+        results.append([basis, *torch.autograd.grad(basis.sum(), list(mlp.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("constant", [False, True])
-def test_opcheck(constant: bool, device) -> None:
+@every_fused_backend
+def test_opcheck(backend: str, constant: bool, device) -> None:
     weights, biases = _split(_mlp((2, 6, 4), "tanh", device))
     coordinates = tap_coordinates((3, 4), "centered", device)
     grad = torch.randn(4 + constant, 12, device=device, requires_grad=True)
     operators = torch.ops.hyperconv_ext
     parameters = (weights, biases, "tanh")
     torch.library.opcheck(
-        operators.coordinate_mlp_fwd.default, (coordinates, *parameters, constant, "triton")
+        operators.coordinate_mlp_fwd.default, (coordinates, *parameters, constant, backend)
     )
     torch.library.opcheck(
-        operators.coordinate_mlp_bwd.default, (grad, coordinates, *parameters, "triton")
+        operators.coordinate_mlp_bwd.default, (grad, coordinates, *parameters, backend)
     )
 
 
-def test_gradient_of_the_coordinates(device) -> None:
+@every_fused_backend
+def test_gradient_of_the_coordinates(backend: str, device) -> None:
     """The fused kernels do not have it, so it must come from PyTorch and not be lost."""
     mlp = CoordinateMLP(2, device=device)
 
-    def gradient(backend: str) -> torch.Tensor:
+    def gradient(name: str) -> torch.Tensor:
         points = tap_coordinates((3, 5), device=device).requires_grad_()
-        return torch.autograd.grad(mlp.basis(points, True, backend).square().sum(), points)[0]
+        return torch.autograd.grad(mlp.basis(points, True, name).square().sum(), points)[0]
 
-    assert gradient("triton").any()
-    torch.testing.assert_close(gradient("triton"), gradient("reference"))
+    assert gradient(backend).any()
+    torch.testing.assert_close(gradient(backend), gradient("reference"))

@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
-from hyperconv_ext import HyperConv2d, explain
+from hyperconv_ext import HyperConv2d, explain, planner
+from hyperconv_ext.backends.cuda import library
 
-_NO_TRITON = """
+from .conftest import FUSED
+
+# The library is looked for where there is none, whatever was built here.
+_NOT_BUILT = """
+import pathlib
+from hyperconv_ext.backends.cuda import library
+library._BUILT = pathlib.Path("/nowhere/_cuda.abi3.so")
+"""
+_HIDE_TRITON = """
 import importlib.util, sys
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -19,15 +31,23 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else real(name, *a)
+"""
+_USE = """
 import torch, hyperconv_ext
 conv = hyperconv_ext.HyperConv2d(3, 4, 5)
 conv(torch.randn(1, 3, 8, 8)).sum().backward()
-try:
-    conv.backend = "triton"
-    conv(torch.randn(1, 3, 8, 8))
-except hyperconv_ext.PlanError as error:
-    print(error)
+for conv.backend in ("triton", "cuda"):
+    try:
+        conv(torch.randn(1, 3, 8, 8))
+    except hyperconv_ext.PlanError as error:
+        print(error)
 """
+_ENVIRONMENT = """
+from hyperconv_ext.report import environment
+print(environment())
+"""
+# Without a GPU, and with no library named.
+_BARE = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "HYPERCONV_CUDA_LIBRARY": ""}
 
 
 def _python(*arguments: str, **environment: str) -> str:
@@ -42,40 +62,96 @@ def _python(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_without_triton_and_without_a_gpu() -> None:
-    output = _python("-c", _NO_TRITON, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+def test_without_triton_cuda_library_and_gpu() -> None:
+    output = _python("-c", _HIDE_TRITON + _NOT_BUILT + _USE, **_BARE)
     assert "triton is not installed; pip install triton" in output
+    assert "(cuda/basis: the CUDA extension is not built; with nvcc on the PATH: pip install" in output
 
 
 def test_importing_starts_nothing() -> None:
-    """Neither triton nor CUDA is touched by the import."""
+    """Neither triton nor CUDA nor the CUDA library, which is there to be loaded."""
     code = (
-        "import hyperconv_ext, sys, torch; print('triton' in sys.modules, torch.cuda.is_initialized())"
+        "import sys, torch; torch.ops.load_library = lambda path: sys.exit(f'{path} was loaded'); "
+        "import hyperconv_ext; print('triton' in sys.modules, torch.cuda.is_initialized())"
     )
-    assert _python("-c", code, TRITON_INTERPRET="0").split() == ["False", "False"]
+    environment = _BARE | {"HYPERCONV_CUDA_LIBRARY": sys.executable}
+    assert _python("-c", code, **environment).split() == ["False", "False"]
 
 
 def test_environment_report() -> None:
-    output = _python("-m", "hyperconv_ext", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    output = _python("-c", _NOT_BUILT + _ENVIRONMENT, **_BARE)
     assert "reference: yes" in output and "composite: yes" in output
     assert "triton: no, the tensors are on cpu; move them to a CUDA device" in output
+    assert "cuda library  the CUDA extension is not built; with nvcc" in output
+    assert "cuda: no, the CUDA extension is not built; with nvcc" in output
     assert torch.__version__ in output
 
 
-def test_explain_names_the_choice_and_the_reasons(device) -> None:
-    conv = HyperConv2d(16, 32, 7, padding=3, backend="triton", device=device)
-    text = explain(conv, torch.randn(2, 16, 14, 14, device=device))
-    assert text.count("triton/basis, tile basis-") == 2  # forward and input gradient
-    assert "tile coefficients-" in text and "tile basis_gradient-" in text
-    assert "not triton/direct" in text and "hyper-network: one fused kernel" in text
-    conv.backend = "composite"
-    assert "basis_conv_fwd: composite/composite" in explain(conv, torch.randn(16, 14, 14, device=device))
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "HYPERCONV_CUDA_LIBRARY={} does not exist; correct it or unset it"),
+        ("no library", "the CUDA extension kernels.so cannot be loaded: "),
+    ],
+)
+def test_the_program_says_why_there_is_no_library(
+    content: str | None, reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "kernels.so"
+    if content is not None:
+        file.write_text(content)
+    output = _python("-m", "hyperconv_ext", **_BARE | {"HYPERCONV_CUDA_LIBRARY": str(file)})
+    assert output.count(reason.format(file)) == 2 and "composite: yes" in output
 
 
-def test_explain_off_the_gpu() -> None:
+@pytest.mark.skipif(
+    bool(library.reason()) or not library.executes_on_cpu(), reason="needs the library for the CPU"
+)
+def test_environment_report_of_the_library_for_the_cpu() -> None:
+    named = {"HYPERCONV_CUDA_LIBRARY": os.environ["HYPERCONV_CUDA_LIBRARY"]}
+    output = _python("-m", "hyperconv_ext", **_BARE | named)
+    assert "cuda library  executes the kernels on the CPU" in output and "cuda: yes" in output
+
+
+def _explain(backend: str, device: torch.device) -> str:
+    conv = HyperConv2d(16, 32, 7, padding=3, backend=backend, device=device)
+    return explain(conv, torch.randn(2, 16, 14, 14, device=device))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
+    basis, coefficients = {
+        "cuda": ("basis_conv", "coefficient_gradient"),
+        "triton": ("basis", "coefficients"),
+    }[backend]
+    text = _explain(backend, device)
+    assert text.count(f"{backend}/basis, tile {basis}-") == 2  # forward and input gradient
+    assert f"tile {coefficients}-" in text and "tile basis_gradient-" in text
+    assert f"hyper-network: one fused kernel of {backend}" in text
+    assert ("not triton/direct" in text) == (backend == "triton")
+    assert "basis_conv_fwd: composite/composite" in _explain("composite", device)
+
+
+@pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
+def test_explain_says_why_pytorch_evaluates_the_mlp(device) -> None:
+    deep = HyperConv2d(16, 16, 3, hidden_features=(8,) * 8, backend="cuda", device=device)
+    text = explain(deep, torch.randn(1, 16, 8, 8, device=device))
+    assert "hyper-network: PyTorch (cuda: its MLP kernels take up to 8 layers, not 9)" in text
+
+
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(library, "reason", lambda: "the CUDA extension is not built")
+    planner.plan.cache_clear()
+    yield
+    planner.plan.cache_clear()
+
+
+def test_explain_off_the_gpu(not_built) -> None:
     small = HyperConv2d(3, 4, 3)
     assert "reference: builds the weight, cheaper" in explain(small, torch.randn(1, 3, 8, 8))
     large = HyperConv2d(64, 64, 31, padding=15)
     text = explain(large, torch.randn(1, 64, 32, 32, dtype=torch.float32))
     assert "basis_conv_fwd: composite/composite" in text
     assert "PyTorch (there is no fused kernel for cpu)" in text
+    assert text.count("not cuda/basis: the CUDA extension is not built") == 4

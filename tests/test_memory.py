@@ -9,6 +9,10 @@ import torch
 
 from hyperconv_ext import HyperConv2d
 
+from .conftest import FUSED
+
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
+
 
 def largest_allocation(work: Callable[[], object], device: torch.device) -> int:
     """Bytes of the largest single allocation that `work` makes, freed or not."""
@@ -47,26 +51,29 @@ def test_the_watch_sees_freed_memory(device) -> None:
     assert largest_allocation(lambda: torch.empty(1000, device=device) + 1, device) >= 4000
 
 
-def test_no_weight(device) -> None:
+@every_fused_backend
+def test_no_weight(backend: str, device) -> None:
     """C_out * C_in * K is 60 times the activations here: only W (or its gradient) is that large."""
     channels, size, kernel = 32, 8, 11
     weight = channels * channels * kernel**2 * 4
-    assert _step("triton", channels, size, kernel, device) < weight
+    assert _step(backend, channels, size, kernel, device) < weight
     assert _step("reference", channels, size, kernel, device) >= weight
 
 
-def test_no_responses(device) -> None:
+@every_fused_backend
+def test_no_responses(backend: str, device) -> None:
     """z is R = 5 times the input; the composite backend forms it."""
     channels, size, kernel = 8, 40, 5
     responses = 5 * channels * size**2 * 4
-    assert _step("triton", channels, size, kernel, device) < responses
+    assert _step(backend, channels, size, kernel, device) < responses
     assert _step("composite", channels, size, kernel, device) >= responses
 
 
+@every_fused_backend
 @pytest.mark.parametrize("kernel", [3, 7])
-def test_saved_for_backward(kernel: int, device) -> None:
+def test_saved_for_backward(kernel: int, backend: str, device) -> None:
     """x, A, phi and the MLP's parameters, whatever the kernel size."""
-    conv = HyperConv2d(16, 16, kernel, padding=kernel // 2, backend="triton", device=device)
+    conv = HyperConv2d(16, 16, kernel, padding=kernel // 2, backend=backend, device=device)
     input = torch.randn(1, 16, 9, 9, device=device, requires_grad=True)
     saved: list[int] = []
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hyperconv_ext import HyperConv2d
 from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.hypernet import tap_coordinates
 
+from .conftest import FUSED, dtypes_of, precision_of_the_framework
 from .oracle import check
 
 # Arguments after (in_channels=4, out_channels=8).
@@ -109,9 +111,18 @@ def test_drop_in(arguments: dict[str, Any], backend: str, dtype: torch.dtype, de
     _drop_in(arguments, backend, dtype, device)
 
 
-@pytest.mark.parametrize("arguments", [GRID[2], GRID[3], GRID[11]], ids=str)
-def test_drop_in_fused(arguments: dict[str, Any], device, poisoned) -> None:
-    _drop_in(arguments, "triton", torch.float32, device)
+def _fused_grid() -> list[tuple[str, dict[str, Any]]]:
+    """All arguments for cuda, three for triton, whose interpreter takes its time."""
+    few = (GRID[2], GRID[3], GRID[11])
+    return [(name, arguments) for name in FUSED for arguments in (few if name == "triton" else GRID)]
+
+
+@pytest.mark.parametrize(("backend", "arguments"), _fused_grid(), ids=str)
+def test_drop_in_fused(backend: str, arguments: dict[str, Any], device, poisoned) -> None:
+    dtypes = dtypes_of(backend, device)
+    for dtype in dtypes[:1] if backend == "triton" else dtypes:
+        with precision_of_the_framework(device) if backend == "cuda" else nullcontext():
+            _drop_in(arguments, backend, dtype, device)
 
 
 def test_arguments_in_the_order_of_conv2d() -> None:
@@ -495,12 +506,13 @@ def test_weight_norm_under_autocast(device) -> None:
         torch.testing.assert_close(twin.weight_norm.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", *(name for name in FUSED if name != "triton")])
 @pytest.mark.parametrize("weight_norm", [None, "batch"])
-def test_training_reduces_the_loss(weight_norm: str | None, device) -> None:
-    """Learning a Gaussian blur."""
+def test_training_reduces_the_loss(weight_norm: str | None, backend: str, device) -> None:
+    """Learning a Gaussian blur; Triton's interpreter would take minutes."""
     axis = torch.arange(-2.0, 3.0, device=device)
     blur = torch.exp(-(axis[:, None] ** 2 + axis**2) / 3)[None, None] / 9
-    conv = HyperConv2d(1, 1, 5, padding=2, weight_norm=weight_norm, device=device)
+    conv = HyperConv2d(1, 1, 5, padding=2, weight_norm=weight_norm, backend=backend, device=device)
     optimizer = torch.optim.Adam(conv.parameters(), lr=0.02)
     input = torch.randn(4, 1, 12, 12, device=device)
     target = nn.functional.conv2d(input, blur, padding=2)

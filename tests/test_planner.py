@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
+from math import inf, prod
 
 import pytest
 
 from benchmarks import shapes
 from hyperconv_ext import planner
+from hyperconv_ext.backends import cuda
+from hyperconv_ext.backends.cuda import library
+from hyperconv_ext.backends.cuda import tiles as cuda_tiles
 from hyperconv_ext.backends.triton import tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.planner import PlanError
 from hyperconv_ext.problem import OPS, Device, Op, Problem
 
 H200 = Device("cuda", 90, 132)
+NOT_BUILT = "the CUDA extension is not built"
+
+
+@pytest.fixture(autouse=True)
+def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No CUDA library, whatever there is on this machine."""
+    monkeypatch.setattr(library, "reason", lambda: NOT_BUILT)
+    planner.plan.cache_clear()
+    yield
+    planner.plan.cache_clear()
+
+
+@pytest.fixture
+def built(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA library for GPUs of 8.x and 9.0."""
+    monkeypatch.setattr(library, "reason", lambda: "")
+    monkeypatch.setattr(library, "executes_on_cpu", lambda: False)
+    monkeypatch.setattr(library, "architectures", lambda: ("80", "90"))
+
+
+@pytest.fixture
+def hosted(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA library that executes the kernels on the CPU."""
+    monkeypatch.setattr(library, "reason", lambda: "")
+    monkeypatch.setattr(library, "executes_on_cpu", lambda: True)
 
 
 def problem(
@@ -94,17 +125,29 @@ def test_direct_refuses_a_rank_it_cannot_hold() -> None:
     assert planner.plan(problem(rank=33), "triton").algorithm == "basis"
 
 
-@pytest.mark.parametrize(("backend", "algorithm"), [("composite", "basis"), ("triton", "composite")])
+def test_names_in_order_of_preference() -> None:
+    assert planner.BACKEND_NAMES == ("auto", "reference", "cuda", "triton", "composite")
+    assert planner.ALGORITHM_NAMES == ("auto", "basis", "direct", "composite")
+
+
+@pytest.mark.parametrize(
+    ("backend", "algorithm"), [("composite", "basis"), ("triton", "composite"), ("cuda", "direct")]
+)
 def test_an_algorithm_of_another_backend(backend: str, algorithm: str) -> None:
-    with pytest.raises(PlanError, match="is not one of backend"):
+    known = r"\(cuda: basis, triton: basis/direct, composite: composite\)"
+    with pytest.raises(PlanError, match=f"is not one of backend='{backend}' {known}"):
         planner.plan(problem(), backend, algorithm)
 
 
-def test_the_interpreter_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cpu_executes_for_tests_is_never_chosen_unasked(
+    hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    interpreted = problem(dtype="float32", device=Device("cpu"), tf32=True)
-    assert planner.plan(interpreted).backend == "composite"
-    assert planner.plan(dataclasses.replace(interpreted, batch=2), "triton").backend == "triton"
+    on_cpu = problem(dtype="float32", device=Device("cpu"), tf32=True)
+    assert planner.plan(on_cpu).backend == "composite"
+    for backend in ("cuda", "triton"):
+        plan = planner.plan(dataclasses.replace(on_cpu, batch=2), backend)
+        assert plan.backend == backend and plan.seconds == inf
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7, 15])
@@ -132,17 +175,269 @@ def test_dense_convolution_off_the_gpu_for_small_kernels() -> None:
     assert not planner.prefers_dense("cuda", 9, 64, 5)
 
 
+DEEP = (2, *(16,) * 8, 4)
+
+
 @pytest.mark.parametrize(
     ("widths", "dtype", "device", "backend", "reason"),
     [
         ((2, 16, 16, 4), "float32", H200, "auto", ""),
         ((2, 16, 16, 4), "bfloat16", H200, "triton", ""),
+        (DEEP, "float32", H200, "auto", ""),
         ((2, 128, 4), "float32", H200, "auto", "64 wide"),
         ((2, 16, 4), "float64", H200, "auto", "float64"),
         ((2, 16, 4), "float32", Device("cpu"), "auto", "no fused kernel for cpu"),
         ((2, 16, 4), "float32", H200, "composite", "by PyTorch"),
+        ((2, 16, 4), "float32", H200, "cuda", NOT_BUILT),
     ],
 )
-def test_fused_mlp(widths, dtype, device, backend, reason) -> None:
-    fused, why = planner.fused_mlp(widths, dtype, device, backend)
-    assert fused == (not reason) and reason in why
+def test_mlp_backend(widths, dtype, device, backend, reason) -> None:
+    engine, why = planner.mlp_backend(widths, dtype, device, backend)
+    assert engine == ("" if reason else "triton") and reason in why and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("widths", "backend", "engine", "reason"),
+    [
+        ((2, 64, 4), "auto", "cuda", ""),
+        ((2, 64, 4), "cuda", "cuda", ""),
+        ((2, 64, 4), "triton", "triton", ""),
+        (DEEP, "auto", "triton", ""),
+        (DEEP, "cuda", "", "cuda: its MLP kernels take up to 8 layers, not 9"),
+        (DEEP[1:], "cuda", "cuda", ""),
+        (
+            (2, 65, 4),
+            "auto",
+            "",
+            "cuda: its MLP kernels take layers up to 64 wide, not 65; "
+            "triton: its MLP kernels take layers up to 64 wide, not 65",
+        ),
+    ],
+    ids=str,
+)
+def test_mlp_backend_with_a_cuda_library(widths, backend, engine, reason, built) -> None:
+    assert planner.mlp_backend(widths, "bfloat16", H200, backend) == (engine, reason)
+
+
+def test_why_no_kernel_evaluates_the_mlp() -> None:
+    """Every engine's reason."""
+    _, why = planner.mlp_backend((2, 65, 4), "float32", H200, "auto")
+    assert why == f"cuda: {NOT_BUILT}; triton: its MLP kernels take layers up to 64 wide, not 65"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rank": 33}, "up to 32 basis functions, not 33"),
+        ({"dtype": "float64"}, "float32, float16, bfloat16, not float64"),
+        ({"kernel": 101}, "no block of inputs that 16 outputs read fits in 227 KiB of shared memory"),
+        (
+            {"kernel": 101, "device": Device("cuda", 86, 84)},
+            "no block of inputs that 16 outputs read fits in 99 KiB of shared memory",
+        ),
+        ({"batch": 2**26}, "blocks of work are more than .*; split the batch"),
+        ({"device": Device("cpu")}, "on cpu; move them to a CUDA device"),
+        ({"device": Device("mps")}, "on mps; move them to a CUDA device"),
+        (
+            {"device": Device("cuda", 100, 148)},
+            "built for sm_80, sm_90, this GPU is sm_100; rebuild it with TORCH_CUDA_ARCH_LIST=10.0",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cuda_refuses(changes: dict, reason: str, built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = problem(**changes)
+    assert planner.plan(refused).backend != "cuda"
+    with pytest.raises(PlanError, match=f"cuda/basis: .*{reason}"):
+        planner.plan(refused, "cuda")
+
+
+def test_cuda_without_its_library() -> None:
+    assert planner.plan(problem()).backend == "triton"
+    with pytest.raises(PlanError, match=rf"\(cuda/basis: {NOT_BUILT}\); use backend='auto'"):
+        planner.plan(problem(), "cuda")
+
+
+def test_a_library_for_the_cpu_takes_no_gpu(hosted) -> None:
+    assert planner.plan(problem()).backend == "triton"
+    with pytest.raises(PlanError, match="on cuda; move them to a CPU device"):
+        planner.plan(problem(), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served"),
+    [
+        (("80",), {80, 86, 89}),
+        (("86", "90"), {86, 89, 90}),
+        (("90a",), {90}),
+        (("80", "90", "100+PTX"), {80, 86, 89, 90, 100, 103, 120}),
+        ((), set()),
+    ],
+)
+def test_which_gpus_a_library_serves(architectures, served, built, monkeypatch) -> None:
+    monkeypatch.setattr(library, "architectures", lambda: architectures)
+    known = (75, 80, 86, 89, 90, 100, 103, 120)
+    assert {capability for capability in known if library.supports(capability)} == served
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_the_lower_estimate(op: Op, built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And cuda between equal ones."""
+    best = planner.plan(problem(op=op), "triton").seconds
+    for seconds, backend in ((0.9 * best, "cuda"), (best, "cuda"), (1.1 * best, "triton")):
+        monkeypatch.setattr(cuda, "configure", lambda *_, seconds=seconds: ("a tile", seconds))
+        planner.plan.cache_clear()
+        plan = planner.plan(problem(op=op))
+        assert (plan.backend, plan.seconds) == (backend, min(best, seconds))
+
+
+@pytest.mark.parametrize("shape", [shape for shape, _ in shapes.GPU], ids=lambda shape: shape.name)
+def test_auto_on_every_benchmark_shape(shape: shapes.Shape, built) -> None:
+    geometry = Geometry.conv(shape.size, shape.kernel_size, (1, 1), shape.padding, (1, 1), 1)
+    channels = shape.in_channels, shape.out_channels
+    for op in OPS:
+        numbers = (op, geometry, shape.batch, *channels, shape.num_features + 1)
+        shaped = Problem(*numbers, "bfloat16", H200, aligned=True)
+        own = planner.plan(shaped, "cuda")
+        check_tile(own.problem, own.tile)
+        assert 0 < own.seconds < 10
+        cheapest = min((own, planner.plan(shaped, "triton")), key=lambda plan: plan.seconds)
+        assert planner.plan(shaped) == cheapest
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7, 15])
+@pytest.mark.parametrize("channels", [8, 64, 512])
+def test_cuda_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
+    """The slices of the gradients; from 64 channels on the bands and the packed coefficients too."""
+    weight = channels * channels * kernel**2
+    for deterministic in (False, True):
+        changes = {"kernel": kernel, "op": "basis_conv_bwd_coeff", "deterministic": deterministic}
+        coefficient = problem(channels, **changes)
+        splits, atomic = cuda_tiles.shares(coefficient, _tile(coefficient))
+        assert splits >= 1 and not (atomic and deterministic)
+        assert atomic or splits == 1 or splits * channels**2 * 5 < weight
+    basis = problem(channels, kernel=kernel, op="basis_conv_bwd_basis")
+    splits, atomic = cuda_tiles.shares(basis, _tile(basis))
+    pieces = cuda_tiles.basis_pieces(_map(basis, _tile(basis)))
+    assert splits >= 1 and not atomic
+    assert splits == pieces == 1 or splits * pieces * 5 * kernel**2 < weight
+    for op in OPS if channels >= 64 else ():
+        whole = problem(channels, kernel=kernel, op=op)
+        map = _map(whole, _tile(whole))
+        outputs = -(-channels // _tile(whole).kernel.outputs) * _tile(whole).kernel.outputs
+        assert map.units.bands * 5 * map.chunks * 256 < weight
+        assert channels * 5 * outputs < weight
+
+
+def _tile(problem: Problem) -> cuda_tiles.Tile:
+    choice = cuda_tiles.choose(problem)
+    assert choice is not None
+    return choice[0]
+
+
+def _map(problem: Problem, tile: cuda_tiles.Tile) -> cuda_tiles.Map:
+    return cuda_tiles.map_of(problem, tile.unit, tile.grid)
+
+
+def check_tile(problem: Problem, tile: cuda_tiles.Tile) -> None:
+    """What the kernels of csrc/ rely on."""
+    map = _map(problem, tile)
+    assert tile.kernel in cuda_tiles.ALL
+    assert (tile.kernel.family, tile.kernel.number) == (
+        cuda_tiles.family(problem),
+        cuda_tiles.number(problem),
+    )
+    assert prod(tile.unit) == 16 and map.units.positions == 16
+    assert prod(tile.grid) == 2 * tile.warps and tile.warps in (1, 2, 4, 8)
+    assert 1 <= tile.slice <= map.chunks and tile.stages in (1, 2)
+    size = cuda_tiles.shared_bytes(problem, tile.kernel, map, tile.slice, tile.stages)
+    assert tile.shared_bytes == size <= cuda_tiles.shared_memory(problem)
+
+
+def _conv(size: int, kernel: int, stride: int = 1, dilation: int = 1, dims: int = 2) -> Geometry:
+    padding = dilation * (kernel - 1) // 2
+    return Geometry.conv(*(((n,) * dims) for n in (size, kernel, stride, padding, dilation)), 1)
+
+
+GEOMETRIES = {
+    **{
+        f"k={k}": [
+            *(_conv(56, k, stride) for stride in (1, 2, 3, 4)),
+            *(_conv(56, k, 1, dilation) for dilation in (2, 3)),
+            _conv(56, k, 3, 2),
+        ]
+        for k in (1, 2, 3, 7, 11, 15, 21, 31)
+    },
+    "1-D": [_conv(4096, 1025, *steps, dims=1) for steps in ((1, 1), (4, 1), (1, 3))],
+    **{f"3-D k={k}": [_conv(24, k, stride, dims=3) for stride in (1, 2)] for k in (3, 7, 9)},
+    "one output": [_conv(1, k, stride) for k in (3, 15, 31) for stride in (1, 4)],
+}
+
+
+def _problems(group: str, capability: int, rank: int) -> Iterator[Problem]:
+    device = Device("cuda", capability, 132)
+    for geometry, op in itertools.product(GEOMETRIES[group], OPS):
+        for dtype, tf32 in (("float16", False), ("float32", True), ("float32", False)):
+            yield Problem(op, geometry, 2, 64, 48, rank, dtype, device, True, tf32)
+
+
+def _least_shared_bytes(problem: Problem) -> int:
+    """Of the smallest block there could be: two units, one halo, bands of 16 rows at a time."""
+    dims = problem.geometry.dims
+    kinds = cuda_tiles.family(problem), cuda_tiles.number(problem)
+    kernels = [kernel for kernel in cuda_tiles.ALL if (kernel.family, kernel.number) == kinds]
+    powers = [1, 2, 4, 8, 16]
+    units = [u for u in itertools.product(*([powers] * dims)) if prod(u) == 16]
+    grids = [tuple(1 + (axis == i) for i in range(4)) for axis in (0, *range(4 - dims, 4))]
+    return min(
+        cuda_tiles.shared_bytes(problem, kernel, map, 1, 1)
+        for kernel, unit, grid in itertools.product(kernels, units, grids)
+        for map in [cuda_tiles.map_of(problem, ((1,) * (3 - dims)) + unit, grid)]
+    )
+
+
+every_capability = pytest.mark.parametrize("capability", [80, 90])
+
+
+@every_capability
+@pytest.mark.parametrize("group", GEOMETRIES)
+def test_cuda_tiles_are_what_the_kernels_rely_on(group: str, capability: int) -> None:
+    for tiled in _problems(group, capability, 5):
+        choice = cuda_tiles.choose(tiled)
+        if choice is not None:
+            check_tile(tiled, choice[0])
+            assert 0 < choice[1] < 10
+
+
+@pytest.mark.parametrize(
+    ("group", "capability", "rank"),
+    [
+        *itertools.product(GEOMETRIES, (80, 90), (5,)),
+        *itertools.product(("k=2", "k=3", "k=11"), (80, 90), (32,)),
+    ],
+)
+def test_cuda_finds_a_tile_wherever_one_fits(group: str, capability: int, rank: int) -> None:
+    """It refuses only where the smallest block there could be has no room."""
+    wrong = []
+    for tiled in _problems(group, capability, rank):
+        room = cuda_tiles.shared_memory(tiled) - _least_shared_bytes(tiled)
+        if (cuda_tiles.choose(tiled) is None) != (room < 0):
+            wrong.append((tiled.op, cuda_tiles.number(tiled), tiled.geometry, room))
+    assert not wrong
+
+
+@pytest.mark.parametrize("number", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("op", OPS)
+def test_large_kernels_on_an_h200(op: Op, number: str) -> None:
+    """All but 101 x 101, in every number format."""
+    dtype = "float16" if number == "half" else "float32"
+    plain = problem(op=op, dtype=dtype, tf32=number == "tf32")
+    for geometry in (
+        _conv(56, 31),
+        _conv(56, 31, 2),
+        _conv(24, 9, dims=3),
+        _conv(4096, 1025, 4, dims=1),
+    ):
+        assert cuda_tiles.choose(dataclasses.replace(plain, geometry=geometry)) is not None
+    assert cuda_tiles.choose(dataclasses.replace(plain, geometry=_conv(56, 101))) is None

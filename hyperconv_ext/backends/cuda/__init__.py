@@ -28,6 +28,8 @@ def _device_reason(device: Device, dtype: str) -> str:
     expected = "cpu" if library.executes_on_cpu() else "cuda"
     if device.kind != expected:
         return f"the tensors are on {device.kind}; move them to a {expected.upper()} device"
+    if expected == "cuda" and device.capability < 80:
+        return f"it needs compute capability 8.0, this GPU has {device.capability / 10}"
     if expected == "cuda" and not library.supports(device.capability):
         return (
             f"the extension is {library.describe()}, this GPU is sm_{device.capability}; "

@@ -53,7 +53,8 @@ _TILE = 256  # elements of a 16x16 operand
 _PIECE = 8  # 16-row tiles of the patch in a piece of the basis gradient
 _WARPS = (8, 4, 2, 1)
 # 16-row tiles of the patch whose bands are loaded together where all of them do not fit.
-_SLICE = 8
+_SLICES = (8, 4, 2, 1)
+_PRICED = 12  # shapes of blocks that are priced for each kernel and number of warps
 
 
 @dataclass(frozen=True)
@@ -305,33 +306,61 @@ def _splits(total: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         size *= 2
 
 
-def _shapes(problem: Problem, kernel: Kernel) -> Iterator[Tile]:
-    """Every tile of `kernel` that fits in shared memory."""
+def _maps(problem: Problem, warps: int, needed: bool) -> list[Map]:
+    """Every shape of blocks of this many warps, those that multiply and load least first.
+
+    If `needed`, none that reaches far beyond the outputs.
+    """
     transposed = problem.op == "basis_conv_bwd_input"
+    dims = problem.geometry.dims
+    every = (*(1,) * (3 - dims), *(_UNIT,) * dims)
     whole = lattice(problem.geometry, problem.batch, transposed, (1, 1, 1))
+    maps = []
+    for split in _splits(_UNIT, tuple(axis.tiles for axis in whole.axes) if needed else every):
+        units = lattice(problem.geometry, problem.batch, transposed, (split[0], split[1], split[2]))
+        counts = tuple(axis.tiles for axis in units.axes) if needed else every
+        for b, d, h, w in _splits(_UNITS_PER_WARP * warps, (problem.batch, *counts)):
+            maps.append(Map(units, (b, d, h, w)))
+    weight = 32 * _UNITS_PER_WARP * warps
+    return sorted(maps, key=lambda map: map.blocks * (weight * (map.chunks + 4) + map.halo))
+
+
+def _tiles(problem: Problem, kernel: Kernel, maps: list[Map]) -> Iterator[Tile]:
+    """Tiles on the first of `maps` that fit in shared memory."""
     limit = shared_memory(problem)
-    for split in _splits(_UNIT, tuple(axis.tiles for axis in whole.axes)):
-        unit = (split[0], split[1], split[2])
-        units = lattice(problem.geometry, problem.batch, transposed, unit)
-        needed = (problem.batch, *(axis.tiles for axis in units.axes))
-        for warps in _WARPS:
-            for b, d, h, w in _splits(_UNITS_PER_WARP * warps, needed):
-                map = Map(units, (b, d, h, w))
-                options = [(map.chunks, 2), (map.chunks, 1)]
-                if kernel.family != "basis_gradient":
-                    part = min(_SLICE, map.chunks)
-                    options = [(map.chunks, 2), (part, 2), (map.chunks, 1), (part, 1)]
-                for slice, stages in options:
-                    size = shared_bytes(problem, kernel, map, slice, stages)
-                    if size <= limit:
-                        yield Tile(kernel, unit, map.grid, slice, stages, size)
+    found = 0
+    for map in maps:
+        axes = map.units.axes
+        unit = (axes[0].tile, axes[1].tile, axes[2].tile)
+        fits = False
+        # All bands at once; else, where the kernel streams them, the longest slices that fit.
+        lengths = [map.chunks]
+        if kernel.family != "basis_gradient":
+            lengths += [length for length in _SLICES if length < map.chunks]
+        for stages in (2, 1):
+            for index, length in enumerate(lengths):
+                size = shared_bytes(problem, kernel, map, length, stages)
+                if size <= limit:
+                    yield Tile(kernel, unit, map.grid, length, stages, size)
+                    fits = True
+                    if index > 0:
+                        break
+        found += fits
+        if found == _PRICED:
+            return
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> tuple[Tile, float] | None:
     """The tile with the least estimated time, and that time in seconds; None if no tile fits."""
     kernels = [k for k in ALL if (k.family, k.number) == (family(problem), number(problem))]
-    tiles = [tile for kernel in kernels for tile in _shapes(problem, kernel)]
+    for needed in (True, False):
+        tiles = []
+        for warps in _WARPS:
+            maps = _maps(problem, warps, needed)
+            tiles += [tile for kernel in kernels for tile in _tiles(problem, kernel, maps)]
+        if tiles:
+            break
     priced = ((tile, seconds(problem, tile)) for tile in tiles)
     return min(priced, key=lambda pair: pair[1], default=None)
 
