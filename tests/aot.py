@@ -111,7 +111,10 @@ def _problem(tile: tiles.Tile, layout: str, capability: int) -> Problem:
         taps = (3, 3)
     elif not tile.resident:
         taps = (15, 15)
-    geometry = Geometry.conv((56, 56), taps, (1, 1), "same", (1, 1), 1)
+    size, ones = (56, 56), (1, 1)
+    if layout == "volume":
+        size, taps, ones = (8, 8, 56), (1, *taps), (1, 1, 1)
+    geometry = Geometry.conv(size, taps, ones, "same", ones, 1)
     half = "float16" if layout == "aligned, float16" else "bfloat16"
     return Problem(
         op=_RUNS[tile.kernel],
@@ -136,10 +139,10 @@ _RUNS: dict[str, Op] = {
 
 
 def layouts(tile: tiles.Tile, capability: int) -> tuple[str, ...]:
-    """What to compile a tile for: vector or scalar accesses; both 16-bit types once."""
-    both = (
-        ("aligned", "aligned, float16") if tile.number == "half" and capability == 90 else ("aligned",)
-    )
+    """What to compile a tile for: vector or scalar accesses, three axes; both 16-bit types once."""
+    both: tuple[str, ...] = ("aligned",)
+    if tile.number == "half":
+        both += ("volume", "aligned, float16") if capability == 90 else ("volume",)
     return both if tile.aligned else (*both, "odd")
 
 
@@ -150,9 +153,9 @@ def compile_tile(tile: tiles.Tile, capability: int, layout: str) -> list[Compile
         raise ValueError(f"{tile.name} does not fit the problem it is to be compiled for")
     plan = Plan(problem, "triton", "basis", tile, 0.0)
     dtype = getattr(torch, problem.dtype)
-    image = torch.empty(8, problem.in_channels, 56, 56, dtype=dtype)
+    image = torch.empty(8, problem.in_channels, *problem.geometry.input_size, dtype=dtype)
     if problem.aligned:
-        image = image.contiguous(memory_format=torch.channels_last)
+        image = image.movedim(1, -1).contiguous().movedim(-1, 1)
     coefficients = torch.empty(problem.out_channels, problem.in_channels, problem.rank, dtype=dtype)
     basis = torch.empty(problem.rank, *problem.geometry.kernel_size)
     operands = {

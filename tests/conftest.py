@@ -18,8 +18,6 @@ if not torch.cuda.is_available():
     if shutil.which("g++") and "HYPERCONV_CUDA_LIBRARY" not in os.environ:
         os.environ["HYPERCONV_CUDA_LIBRARY"] = str(host_build.build())
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism; gradcheck took ten times as long beside
 
 import pytest
 

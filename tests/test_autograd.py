@@ -25,6 +25,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny convolutions: with threads beside other test workers, ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """Without what earlier tests compiled, which counts towards the limit of recompilations."""

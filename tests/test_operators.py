@@ -90,7 +90,7 @@ def test_coefficient_gradient_sums_in_shares(
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["composite", *FUSED])
+@pytest.mark.parametrize("backend", ["reference", "composite", *FUSED])
 @pytest.mark.parametrize("empty", ["batch", "in_channels"])
 def test_nothing_to_compute(backend: str, empty: str, device) -> None:
     batch, channels = (0, 3) if empty == "batch" else (2, 0)

@@ -38,6 +38,12 @@ def basis_conv(
 ) -> Tensor:
     """`F.convNd` or `F.conv_transposeNd` with W built in memory; arguments as in `ops.basis_conv`."""
     weight = materialize_weight(coefficients, basis)
+    if weight.numel() == 0:  # no channels in or out, which the library refuses
+        channels = coefficients.shape[1] * geometry.groups if transposed else coefficients.shape[0]
+        size = geometry.input_size if transposed else geometry.output_size
+        nothing = 0 * (input.sum() + weight.sum())
+        output = nothing.expand(input.shape[0], channels, *size)
+        return output if bias is None else output + bias.view(-1, *(1,) * geometry.dims)
     if transposed:
         return transposed_convolution(input, weight, bias, geometry, geometry.groups)
     return convolution(input, weight, bias, geometry, geometry.groups)
