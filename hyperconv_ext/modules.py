@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ _QUIET = 0.01  # of the mean power of the basis functions
 _DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
 
 
-class HyperConvNd(nn.Module):
+class HyperConvNd(nn.Module, ABC):
     """What the layers share, for any number of axes, transposed or not."""
 
     dims: int
@@ -199,9 +200,9 @@ class HyperConvNd(nn.Module):
         """W as nn.ConvNd or nn.ConvTransposeNd has it, built on demand; differentiable."""
         return materialize_weight(*self.kernel(track=False))
 
+    @abstractmethod
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
         """(what is convolved: `input` batched and padded by its mode, the geometry it meets)."""
-        raise NotImplementedError
 
     def with_kernel_size(
         self: _Layer,

@@ -462,7 +462,6 @@ bool skipped(Site site) {
   return std::strlen(file) == skipped_length &&
          std::memcmp(file, skipped_file, skipped_length) == 0;
 }
-
 }  // namespace
 
 int launch(const Launch& launch) {
