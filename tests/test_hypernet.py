@@ -325,3 +325,16 @@ def test_gradient_of_the_coordinates(backend: str, device) -> None:
 
     assert gradient(backend).any()
     torch.testing.assert_close(gradient(backend), gradient("reference"))
+
+
+@every_fused_backend
+def test_forward_mode_by_the_coordinates(backend: str, device) -> None:
+    mlp = CoordinateMLP(2, activation="tanh", device=device)
+    points = tap_coordinates((3, 5), device=device)
+    direction = torch.randn_like(points)
+
+    def derivative(name: str) -> torch.Tensor:
+        return torch.func.jvp(lambda p: mlp.basis(p, True, name), (points,), (direction,))[1]
+
+    assert derivative(backend).any()
+    torch.testing.assert_close(derivative(backend), derivative("reference"))
