@@ -6,7 +6,14 @@ each share's sum has a slice of its own in a workspace, and the slices are added
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..problem import Problem
+
+
+def total(partial: Tensor) -> Tensor:
+    """The slices `[shares, ...]` added up, in their fixed order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
 
 
 def _wanted(processors: int, programs: int, work: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout import new_activation
-from ...problem import Plan
+from ...problem import Plan, Problem
 from ..reference import ACTIVATIONS, LEAKY_SLOPE
+from ..shares import total
 from .tiles import Map, Tile, basis_pieces, channels, map_of, shares
 
 _TILE = 256  # elements of a packed 16x16 tile
@@ -18,6 +20,12 @@ _ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers are those of `Activation` in 
 
 def _launch(name: str, *args: Any) -> None:
     getattr(torch.ops.hyperconv_ext_cuda, name)(*args)
+
+
+@lru_cache(maxsize=4096)
+def _dealt(problem: Problem, tile: Tile) -> tuple[Map, int, bool]:
+    """(row map, shares of the sum over outputs, whether atomic): once, not at every launch."""
+    return map_of(problem, tile.unit, tile.grid), *shares(problem, tile)
 
 
 def _choice(tile: Tile) -> list[int]:
@@ -54,7 +62,7 @@ def _convolve(
 ) -> Tensor:
     """`basis_conv_fwd` and `basis_conv_bwd_input`."""
     problem, tile = plan.problem, plan.tile
-    map = map_of(problem, tile.unit, tile.grid)
+    map, _, _ = _dealt(problem, tile)
     packed = _new_packed(plan, source, *channels(problem), tile.kernel.outputs)
     _launch(
         problem.op,
@@ -65,7 +73,7 @@ def _convolve(
         output,
         _new_bands(plan, map, source),
         packed,
-        map.flatten(),
+        map.numbers,
         _choice(tile),
         problem.geometry.groups,
         problem.tf32,
@@ -99,8 +107,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     under `torch.use_deterministic_algorithms`; otherwise summed by atomic additions.
     """
     problem, tile = plan.problem, plan.tile
-    map = map_of(problem, tile.unit, tile.grid)
-    splits, atomic = shares(problem, tile)
+    map, splits, atomic = _dealt(problem, tile)
     shape = (problem.out_channels, channels(problem)[0], problem.rank)
     if atomic:
         partial = input.new_zeros(shape, dtype=torch.float32)
@@ -113,7 +120,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         basis.float().contiguous(),
         partial,
         _new_bands(plan, map, input),
-        map.flatten(),
+        map.numbers,
         _choice(tile),
         problem.geometry.groups,
         splits,
@@ -121,15 +128,14 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         problem.tf32,
         problem.aligned,
     )
-    return (partial if atomic else _total(partial)).to(input.dtype)
+    return (partial if atomic else total(partial)).to(input.dtype)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     """The gradient of phi, `[R, *kernel_size]`, in float32. Bitwise repeatable."""
     problem, tile = plan.problem, plan.tile
     geometry, rank = problem.geometry, problem.rank
-    map = map_of(problem, tile.unit, tile.grid)
-    splits, _ = shares(problem, tile)
+    map, splits, _ = _dealt(problem, tile)
     pieces = basis_pieces(map)
     size_i, size_o = channels(problem)
     partial = input.new_empty((splits * pieces, rank, geometry.taps), dtype=torch.float32)
@@ -140,7 +146,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         coefficients,
         partial,
         _new_packed(plan, input, size_o, size_i, 16),
-        map.flatten(),
+        map.numbers,
         _choice(tile),
         geometry.groups,
         splits,
@@ -148,12 +154,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         problem.tf32,
         problem.aligned,
     )
-    return _total(partial).view(rank, *geometry.kernel_size)
-
-
-def _total(partial: Tensor) -> Tensor:
-    """The shares summed in their fixed order."""
-    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+    return total(partial).view(rank, *geometry.kernel_size)
 
 
 def _contiguous(tensors: list[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
@@ -151,14 +151,15 @@ class Map:
         """Blocks of all phases."""
         return prod(self.axis_blocks) * self.units.phases
 
-    def flatten(self) -> list[int]:
-        """The numbers in the order of `parse_lattice` in csrc/library.cpp."""
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """All of it in the order of `parse_lattice` in csrc/library.cpp."""
         batch_blocks, *axis_blocks = self.axis_blocks
         numbers: list[int] = []
         rows = zip(self.units.axes, self.grid[1:], axis_blocks, self.halo_shape, strict=True)
         for axis, count, blocks, halo in rows:
             numbers += [*_fields(axis), axis.tile, count, blocks, axis.patch, halo]
-        return [*numbers, self.units.batch, self.grid[0], batch_blocks]
+        return (*numbers, self.units.batch, self.grid[0], batch_blocks)
 
 
 def _fields(axis: Axis) -> tuple[int, ...]:

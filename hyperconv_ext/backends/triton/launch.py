@@ -12,6 +12,7 @@ from torch import Tensor
 from ...layout import new_activation
 from ...problem import Plan
 from ..lattice import Lattice
+from ..shares import total
 from .kernels.conv import basis_kernel, direct_kernel
 from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
 from .kernels.mlp import mlp_backward_kernel, mlp_kernel
@@ -281,7 +282,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         ATOMIC=atomic,
         **_options(tile),
     )
-    return (partial if atomic else _total(partial)).to(input.dtype)
+    return (partial if atomic else total(partial)).to(input.dtype)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
@@ -319,12 +320,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         BO=tile.outputs,
         **_options(tile),
     )
-    return _total(partial).view(rank, *geometry.kernel_size)
-
-
-def _total(partial: Tensor) -> Tensor:
-    """The shares summed in their fixed order."""
-    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+    return total(partial).view(rank, *geometry.kernel_size)
 
 
 _MLP_TAPS = 16  # taps per program and step: the smallest side of a product
