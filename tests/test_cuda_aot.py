@@ -25,7 +25,8 @@ def test_every_kernel_compiles_clean(architecture: str) -> None:
     """By the command that prints the table, which is left in build/aot/."""
     command = [sys.executable, "-m", "tests.cubin", architecture]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cubin.ROOT, check=False)
-    assert result.returncode == 0, [row for row in result.stdout.splitlines() if "<-" in row] or result
+    marked = "\n".join(row for row in result.stdout.splitlines() if "<-" in row)
+    assert result.returncode == 0, marked or result.stderr
     *rows, last = result.stdout.splitlines()
     assert len(rows) >= len(cubin.MULTIPLY)
     if last.startswith(bounds_file.NOT_COMPARED):

@@ -33,7 +33,8 @@ def test_every_configuration_compiles_clean(capability: int) -> None:
     table = ROOT / "build" / "aot" / f"sm_{capability}.txt"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(result.stdout)
-    assert result.returncode == 0, [row for row in result.stdout.splitlines() if "<-" in row] or result
+    marked = "\n".join(row for row in result.stdout.splitlines() if "<-" in row)
+    assert result.returncode == 0, marked or result.stderr
     *rows, last = result.stdout.splitlines()
     assert len(rows) > 100
     if last.startswith(bounds_file.NOT_COMPARED):
