@@ -190,6 +190,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--update", action="store_true", help="write the committed bounds anew")
     options = parser.parse_args(arguments)
+    if unknown := [x for x in options.architectures if _generation(x) not in machine_code.SHARED_MEMORY]:
+        parser.error(f"expected architectures of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     status = 0
     for architecture in options.architectures:
         try:

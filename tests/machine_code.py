@@ -10,7 +10,8 @@ misses are left out: a GPU only does worse.
 Rates are lanes (multiply-adds, bytes) per clock and multiprocessor. Sources:
 - CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": float32, integers, special
   functions, shuffles, conversions; two floats packed into a pair count as integer arithmetic.
-- the same, compute capabilities 8.x and 9.0: 32 banks of 4 bytes a clock; registers, threads, blocks.
+- the same, compute capabilities 8.x and 9.0: 32 banks of 4 bytes a clock, of the one memory that is both
+  shared memory and L1; registers, threads, blocks.
 - NVIDIA A100 and H100 white papers: dense 16-bit multiply-adds, half as many in TF32.
 - arXiv 2402.13499: `mma.sync` reaches about 62% of that peak on an H100, only `wgmma` all of it. `HMMA`
   on sm_90 is charged at this rate; the fraction is of the whole peak.
@@ -51,7 +52,7 @@ KINDS = {
     "tensor": r"[A-Z]G?MMA|UTC\w*MMA",
     "fma": r"FFMA|FMUL|FADD|IMAD|HFMA2|HADD2|HMUL2",
     "alu": r"IADD3?|IABS|P?LOP3|LEA|SHF|SGXT|BMSK|PRMT|MOV|SEL|VIADD|VIADDMNMX|VABSDIFF"
-    r"|[FHI]SETP2?|FSEL|[FIV]I?MNMX2?|F2FP|I2FP|P2R|R2P",
+    r"|[FHI]SETP2?|FSEL|[FHIV]I?MNMX2?|F2FP|I2FP|P2R|R2P",
     "special": r"MUFU|POPC|FLO|BREV",
     "convert": r"F2[FI]|I2[FI]|FRND",
     "shared": r"LDSM?|STSM?|ATOMS|SHFL",
@@ -76,14 +77,19 @@ class Instruction:
     operands: str = ""
 
     @property
+    def name(self) -> str:
+        """The opcode without its suffixes."""
+        return self.opcode.partition(".")[0]
+
+    @property
     def kind(self) -> str:
-        found = _KIND.fullmatch(self.opcode.partition(".")[0])
+        found = _KIND.fullmatch(self.name)
         return str(found.lastgroup) if found else "other"
 
     @property
     def target(self) -> int | None:
         """Where a branch may go."""
-        if not re.match(r"U?BRA\b|CALL\b|JMP\b", self.opcode):
+        if self.name not in ("BRA", "UBRA", "JMP", "CALL"):
             return None
         found = re.findall(r"0x[0-9a-f]+", self.operands)
         return int(found[-1], 16) if found else None
@@ -91,8 +97,8 @@ class Instruction:
     @property
     def continues(self) -> bool:
         """Whether the next instruction may follow; that of a call may, when it returns."""
-        always = self.predicate in ("", "PT")
-        return not (always and re.match(r"U?BRA\b|BRX\b|JMP\b|EXIT\b|RET\b", self.opcode))
+        leaves = self.name in ("BRA", "UBRA", "JMP", "BRX", "EXIT", "RET")
+        return not leaves or self.predicate not in ("", "PT")
 
 
 def instructions(listing: str) -> list[Instruction]:
@@ -156,7 +162,7 @@ def _reaching(source: int, start: int, before: dict[int, set[int]]) -> set[int]:
 def multiply_adds(instruction: Instruction) -> int:
     """A warp's share of those of a tensor-core instruction; one in TF32 counts as two."""
     m, n, k = _shape(instruction)
-    warps = 4 if instruction.opcode.startswith("HGMMA") else 1
+    warps = 4 if instruction.name == "HGMMA" else 1
     return m * n * k // warps * (2 if ".TF32" in instruction.opcode else 1)
 
 
@@ -190,20 +196,20 @@ def demand(instruction: Instruction, rates: Rates) -> dict[str, float]:
     def lanes(rate: int) -> float:
         return WARP * SUBPARTITIONS / rate
 
-    opcode, kind = instruction.opcode.partition(".")[0], instruction.kind
+    name, kind = instruction.name, instruction.kind
     clocks: dict[str, float] = {"issue": 1}
     if kind == "tensor":
-        rate = rates.products * (rates.synchronous if opcode == "HMMA" else 1)
+        rate = rates.products * (rates.synchronous if name == "HMMA" else 1)
         clocks["tensor"] = multiply_adds(instruction) * SUBPARTITIONS / rate
     if kind == "fma":
-        clocks["fma"] = lanes(128 if opcode.startswith("H") else rates.floats)  # H: two halves a lane
-    if opcode == "IMAD":
+        clocks["fma"] = lanes(128 if name.startswith("H") else rates.floats)  # H: two halves a lane
+    if name == "IMAD":
         clocks["imad"] = lanes(INTEGERS)
     if kind == "alu":
         clocks["alu"] = lanes(INTEGERS)
     if kind in ("special", "convert"):
         clocks["special"] = lanes(SPECIAL)
-    if kind in ("shared", "global", "generic") or opcode == "HGMMA":
+    if kind in ("shared", "global", "generic") or name == "HGMMA":
         clocks["memory"] = memory_bytes(instruction) * SUBPARTITIONS / MEMORY_BYTES
     return clocks
 
@@ -252,9 +258,7 @@ def hot_loops(code: Sequence[Instruction], architecture: int) -> list[HotLoop]:
     unit = "tensor" if any(x.kind == "tensor" for x in code) else "FFMA"
     found = []
     for loop in loops(code):
-        products = [
-            x for x in loop.own if (x.kind if unit == "tensor" else x.opcode.partition(".")[0]) == unit
-        ]
+        products = [x for x in loop.own if unit in (x.kind, x.name)]
         if products:
             found.append(_hot(loop, unit, products, rates))
     return found

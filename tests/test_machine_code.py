@@ -87,9 +87,17 @@ def test_a_region_with_two_ways_in_is_no_loop() -> None:
     assert loops(code) == []
 
 
-def test_a_call_that_is_a_jump_leads_out() -> None:
+def test_a_way_out_is_not_in_the_loop() -> None:
+    code = listing("@P0 BRA 0x30", "NOP", "BRA 0x50", "FADD R0, R0, R1", "@P1 BRA 0x0", "EXIT")
+    assert [opcodes(loop.own) for loop in loops(code)] == [["BRA", "FADD", "BRA"]]
+
+
+def test_calls_are_jumps_too() -> None:
+    """What ptxas sometimes makes of a branch; a call that returns goes on behind it."""
     code = listing("FADD R0, R0, R1", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0", "EXIT")
     assert [opcodes(loop.own) for loop in loops(code)] == [["FADD", "CALL", "BRA"]]
+    code = listing("FADD R0, R0, R1", "@P0 CALL.REL.NOINC 0x0", "EXIT")
+    assert [opcodes(loop.own) for loop in loops(code)] == [["FADD", "CALL"]]
 
 
 @pytest.mark.parametrize(
