@@ -84,7 +84,8 @@ def settle(
     table without hot loops, of an architecture whose rates are unknown, has no file.
     """
     rows = [row for row, _ in table]
-    found, reason = {}, ""
+    found: dict[str, list[str]] = {}
+    reason = ""
     if read(rows) and update:
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join([compiler, *(row for row in rows if read([row])), ""]))
