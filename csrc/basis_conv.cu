@@ -40,7 +40,7 @@ struct ConvShared {
 
   __host__ __device__ __forceinline__ ConvShared(Arena arena, const ConvParameters<N>& p) {
     const bool resident = p.slice >= p.map.chunks();
-    halo_elements = (p.map.halo() + 1) * kChannels;
+    halo_elements = p.map.halo() * kChannels;
     halo = arena.take<Element>(p.halo_stages * halo_elements);
     coefficients = arena.take<Element>(2 * kRanks * kOutTiles * kTileElements);
     bands = arena.take<Element>((resident ? p.rank : 2 * kRanks) * p.slice * kTileElements);
@@ -60,6 +60,7 @@ class BasisConv {
         chunks_(p.map.chunks()),
         slices_(p.slice, chunks_),
         shared_(Arena(ptx::dynamic_shared()), p),
+        units_(p.map),
         out_tiles_(ceil_div(p.y_channels, 16 * kOutTiles) * kOutTiles) {
     const int out_blocks = out_tiles_ / kOutTiles;
     out_ = blockIdx.x % out_blocks * kOutTiles;
@@ -72,12 +73,11 @@ class BasisConv {
   __device__ __forceinline__ void run() {
     fill_element_table(shared_.elements, p_.map, block_, p_.x.strides);
     fill_patch_table(shared_.patch_table, p_.map);
-    for (int c = 0; c < p_.halo_stages; ++c) fill_zero_row<N>(halo_of(c), p_.map);
     if (resident()) copy_bands(shared_.bands, 0, p_.rank, 0);
     __syncthreads();  // the tables
-    // Items are blocks of input channels; steps, slices of the patch for each group of basis functions.
+    // Items are blocks of input channels; turns, groups of basis functions; steps, slices of the patch.
     pipeline(
-        0, ceil_div(p_.x.channels, kChannels), ceil_div(p_.rank, kRanks) * slices_.count,
+        0, ceil_div(p_.x.channels, kChannels), ceil_div(p_.rank, kRanks), slices_.count,
         p_.halo_stages == 1, [&](int c) { copy_halo(c); }, [&](const Step& s) { copy(s); },
         [&](const Step& s) { compute(s); });
     store();
@@ -85,10 +85,7 @@ class BasisConv {
 
  private:
   __device__ __forceinline__ bool resident() const { return slices_.count == 1; }
-  __device__ __forceinline__ int slice(const Step& s) const { return s.step % slices_.count; }
-  __device__ __forceinline__ int first(const Step& s) const {
-    return s.step / slices_.count * kRanks;
-  }
+  __device__ __forceinline__ int first(const Step& s) const { return s.turn * kRanks; }
   __device__ __forceinline__ int ranks(const Step& s) const {
     return min(kRanks, p_.rank - first(s));
   }
@@ -97,17 +94,17 @@ class BasisConv {
     return {shared_.halo + (p_.halo_stages == 1 ? 0 : c % 2 * shared_.halo_elements)};
   }
   __device__ __forceinline__ Element* coefficients_of(const Step& s) const {
-    return shared_.coefficients + s.number / slices_.count % 2 * kRanks * kOutTiles * kTileElements;
+    return shared_.coefficients + s.turns % 2 * kRanks * kOutTiles * kTileElements;
   }
   // Bands of basis function first(s), those of the next `band_stride` tiles further.
   __device__ __forceinline__ Element* bands_of(const Step& s) const {
-    const int tiles = resident() ? first(s) * chunks_ : s.number % 2 * kRanks * p_.slice;
+    const int tiles = resident() ? first(s) * chunks_ : s.steps % 2 * kRanks * p_.slice;
     return shared_.bands + tiles * kTileElements;
   }
   __device__ __forceinline__ int band_stride() const { return resident() ? chunks_ : p_.slice; }
 
   __device__ __forceinline__ void copy(const Step& s) {
-    if (slice(s) == 0) {
+    if (s.slice == 0) {
       const int channel_blocks = ceil_div(p_.x.channels, kChannels);
       const int64_t tile =
           (static_cast<int64_t>(group_ * channel_blocks + s.item) * p_.rank + first(s)) * out_tiles_ +
@@ -118,7 +115,7 @@ class BasisConv {
                       kOutTiles);
       }
     }
-    if (!resident()) copy_bands(bands_of(s), first(s), ranks(s), slice(s));
+    if (!resident()) copy_bands(bands_of(s), first(s), ranks(s), s.slice);
   }
 
   __device__ __forceinline__ void copy_halo(int c) {
@@ -139,39 +136,36 @@ class BasisConv {
   }
 
   __device__ __forceinline__ void compute(const Step& s) {
-    if (slice(s) == 0) responses_.clear();
-    // Whole groups of basis functions run without a branch in the loop.
-    if (ranks(s) == kRanks) {
-      form_responses(s, kRanks);
-    } else {
-      form_responses(s, ranks(s));
-    }
-    if (slice(s) + 1 == slices_.count) mix(s);
+    if (s.slice == 0) responses_.clear();
+    with_constant<kRanks>(ranks(s), [&](auto count) {
+      form_responses<count>(s);
+      if (s.slice + 1 == slices_.count) mix<count>(s);
+    });
   }
 
   // z_r += band_r x, over the tiles of one slice.
-  __device__ __forceinline__ void form_responses(const Step& s, int ranks) {
-    responses_.template accumulate<N, false>(
-        p_.map, halo_of(s.item), shared_.patch_table + slice(s) * p_.slice * 16,
-        slices_.tiles(slice(s), chunks_), bands_of(s), band_stride(), ranks);
+  template <int kCount>
+  __device__ __forceinline__ void form_responses(const Step& s) {
+    responses_.template accumulate<N, false, kCount>(
+        halo_of(s.item), units_, shared_.patch_table + s.slice * p_.slice * 16,
+        slices_.tiles(s.slice, chunks_), bands_of(s), band_stride());
   }
 
   // y += z_r A_r.
+  template <int kCount>
   __device__ __forceinline__ void mix(const Step& s) {
     const Element* coefficients = coefficients_of(s);
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-      if (j < ranks(s)) {
-        Tile<N> z[kUnits];
+    for (int j = 0; j < kCount; ++j) {
+      Tile<N> z[kUnits];
 #pragma unroll
-        for (int m = 0; m < kUnits; ++m) z[m] = chain<N>(responses_.z[m][j]);
+      for (int m = 0; m < kUnits; ++m) z[m] = chain<N>(responses_.z[m][j]);
 #pragma unroll
-        for (int o = 0; o < kOutTiles; ++o) {
-          const auto weights = load_packed<N>(coefficients + (j * kOutTiles + o) * kTileElements);
+      for (int o = 0; o < kOutTiles; ++o) {
+        const auto weights = load_packed<N>(coefficients + (j * kOutTiles + o) * kTileElements);
 #pragma unroll
-          for (int m = 0; m < kUnits; ++m) {
-            multiply<N, Along::kColumns, Along::kRows>(y_[m][o], z[m], weights);
-          }
+        for (int m = 0; m < kUnits; ++m) {
+          multiply<N>(y_[m][o], z[m], weights);
         }
       }
     }
@@ -224,6 +218,7 @@ class BasisConv {
   const int chunks_;
   const Slices slices_;
   const ConvShared<N, kOutTiles, kRanks> shared_;
+  const UnitHalos units_;
   const int out_tiles_;
   int out_;  // first output tile of the block, within the group
   int group_;

@@ -39,7 +39,7 @@ struct BasisShared {
   __host__ __device__ __forceinline__ BasisShared(Arena arena, const BasisParameters<N>& p) {
     Arena end = arena;
     total = end.take<float>(kRanks * kUnit * 16 * kPiece);
-    halo_elements = (p.map.halo() + 1) * kChannels;
+    halo_elements = p.map.halo() * kChannels;
     halo = arena.take<Element>(p.halo_stages * halo_elements);
     grad_elements = p.map.units() * kUnit * 16 * kOutTiles;
     grad = arena.take<Element>(2 * grad_elements);
@@ -63,7 +63,8 @@ class BasisGradient {
         in_blocks_(ceil_div(p.x.channels, kChannels)),
         out_tiles_(ceil_div(p.g.channels, 16)),
         out_steps_(ceil_div(out_tiles_, kOutTiles)),
-        shared_(Arena(ptx::dynamic_shared()), p) {
+        shared_(Arena(ptx::dynamic_shared()), p),
+        units_(p.map) {
     int index = blockIdx.x;
     const int rank_blocks = ceil_div(p.rank, kRanks);
     first_ = index % rank_blocks * kRanks;
@@ -81,15 +82,17 @@ class BasisGradient {
     fill_halo_table(shared_.halo_table, p_.map);
     fill_output_table(shared_.output_table, p_.map);
     fill_patch_table(shared_.patch_table, p_.map);
-    for (int stage = 0; stage < p_.halo_stages; ++stage) fill_zero_row<N>(halo_of(stage), p_.map);
     __syncthreads();  // the tables
     // Items are blocks of outputs at 16 input channels; steps, blocks of output channels.
     pipeline(
-        begin_, end_, out_steps_, p_.halo_stages == 1, [&](int item) { copy_inputs(item); },
-        [&](const Step& s) { copy(s.item, s.step, s.number); },
+        begin_, end_, 1, out_steps_, p_.halo_stages == 1, [&](int item) { copy_inputs(item); },
+        [&](const Step& s) { copy(s.item, s.slice, s.steps); },
         [&](const Step& s) {
-          gather(s.step, s.number);
-          if (s.step + 1 == out_steps_) correlate(s.item);
+          if (s.slice == 0) u_.clear();
+          with_constant<kRanks>(ranks_, [&](auto count) {
+            gather<count>(s.slice, s.steps);
+            if (s.slice + 1 == out_steps_) correlate<count>(s.item);
+          });
         });
     store();
   }
@@ -146,49 +149,45 @@ class BasisGradient {
   }
 
   // u_r += g A_r', over the output channels of one step.
+  template <int kCount>
   __device__ __forceinline__ void gather(int out, int number) {
-    if (out == 0) u_.clear();
     const Rows<N, kOut> grad = grad_of(number);
     const Element* coefficients = coefficients_of(number);
     for (int o = 0; o < step_tiles(out); ++o) {
       Tile<N> g[kUnits];
 #pragma unroll
       for (int m = 0; m < kUnits; ++m) {
-        g[m] = load_plain<N>(grad, ConsecutiveRows{unit_of_warp(m) * kUnit}, 16 * o);
+        g[m] = load_left<N, Along::kChannels>(grad, ConsecutiveRows{unit_of_warp(m) * kUnit}, 16 * o);
       }
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) {
-        if (j < ranks_) {
-          const auto weights = load_packed<N>(coefficients + (o * kRanks + j) * kTileElements);
+      for (int j = 0; j < kCount; ++j) {
+        const auto weights = load_packed<N>(coefficients + (o * kRanks + j) * kTileElements);
 #pragma unroll
-          for (int m = 0; m < kUnits; ++m) {
-            multiply<N, Along::kColumns, Along::kRows>(u_.z[m][j], g[m], weights);
-          }
+        for (int m = 0; m < kUnits; ++m) {
+          multiply<N>(u_.z[m][j], g[m], weights);
         }
       }
     }
   }
 
   // d band_r += u_r x', over this block's piece of the patch.
+  template <int kCount>
   __device__ __forceinline__ void correlate(int item) {
     const Halo<N> halo = halo_of(stage(item));
-    const int chunks = min(kPiece, p_.map.chunks() - piece_ * kPiece), zero = p_.map.halo();
+    const int chunks = min(kPiece, p_.map.chunks() - piece_ * kPiece);
 #pragma unroll
     for (int m = 0; m < kUnits; ++m) {
-      Tile<N> u[kRanks];
+      Tile<N> u[kCount];
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) u[j] = chain<N>(u_.z[m][j]);
-      const int first = unit_halo(p_.map, unit_of_warp(m));
+      for (int j = 0; j < kCount; ++j) u[j] = chain<N>(u_.z[m][j]);
 #pragma unroll
       for (int chunk = 0; chunk < kPiece; ++chunk) {
         if (chunk < chunks) {
           const int* table = shared_.patch_table + (piece_ * kPiece + chunk) * 16;
-          const auto patch = load_plain<N>(halo, PatchRows{table, first, zero}, 0);
+          const auto patch = load_right<N, Along::kChannels>(halo, PatchRows{table, units_.first[m]}, 0);
 #pragma unroll
-          for (int j = 0; j < kRanks; ++j) {
-            if (j < ranks_) {
-              multiply<N, Along::kColumns, Along::kColumns>(sum_[j][chunk], u[j], patch);
-            }
+          for (int j = 0; j < kCount; ++j) {
+            multiply<N>(sum_[j][chunk], u[j], patch);
           }
         }
       }
@@ -236,6 +235,7 @@ class BasisGradient {
   const int pieces_, in_blocks_, out_tiles_, out_steps_;
   int first_, ranks_, piece_, split_, begin_, end_;
   const BasisShared<N, kOutTiles, kRanks> shared_;
+  const UnitHalos units_;
   Responses<kRanks> u_;  // [outputs, channels] as z is
   float sum_[kRanks][kPiece][2][4] = {};
 };

@@ -40,7 +40,7 @@ struct CoefficientShared {
     const int copies = p.slice >= p.map.chunks() ? 1 : 2;
     Arena end = arena;
     total = end.take<float>(kRanks * kChannels * 16 * kOutTiles);
-    halo_elements = (p.map.halo() + 1) * kChannels;
+    halo_elements = p.map.halo() * kChannels;
     halo = arena.take<Element>(p.halo_stages * halo_elements);
     grad_elements = p.map.units() * kUnit * 16 * kOutTiles;
     grad = arena.take<Element>(p.halo_stages * grad_elements);
@@ -62,7 +62,8 @@ class CoefficientGradient {
       : p_(p),
         chunks_(p.map.chunks()),
         slices_(p.slice, chunks_),
-        shared_(Arena(ptx::dynamic_shared()), p) {
+        shared_(Arena(ptx::dynamic_shared()), p),
+        units_(p.map) {
     int index = blockIdx.x;
     const int rank_blocks = ceil_div(p.rank, kRanks);
     first_ = index % rank_blocks * kRanks;
@@ -86,18 +87,20 @@ class CoefficientGradient {
     fill_halo_table(shared_.halo_table, p_.map);
     fill_output_table(shared_.output_table, p_.map);
     fill_patch_table(shared_.patch_table, p_.map);
-    for (int stage = 0; stage < p_.halo_stages; ++stage) fill_zero_row<N>(halo_of(stage), p_.map);
     if (resident()) copy_bands(0, 0);
     __syncthreads();  // the tables
     // Items are blocks of outputs; steps, slices of the patch.
     pipeline(
-        begin_, end_, slices_.count, p_.halo_stages == 1, [&](int tile) { copy_activations(tile); },
+        begin_, end_, 1, slices_.count, p_.halo_stages == 1, [&](int tile) { copy_activations(tile); },
         [&](const Step& s) {
-          if (!resident()) copy_bands(s.step, s.number);
+          if (!resident()) copy_bands(s.slice, s.steps);
         },
         [&](const Step& s) {
-          form_responses(s);
-          if (s.step + 1 == slices_.count) correlate(s.item);
+          if (s.slice == 0) responses_.clear();
+          with_constant<kRanks>(ranks_, [&](auto count) {
+            form_responses<count>(s);
+            if (s.slice + 1 == slices_.count) correlate<count>(s.item);
+          });
         });
     store();
   }
@@ -137,28 +140,30 @@ class CoefficientGradient {
     }
   }
 
+  template <int kCount>
   __device__ __forceinline__ void form_responses(const Step& s) {
-    if (s.step == 0) responses_.clear();
-    responses_.template accumulate<N, true>(
-        p_.map, halo_of(stage(s.item)), shared_.patch_table + s.step * p_.slice * 16,
-        slices_.tiles(s.step, chunks_), bands_of(s.number), p_.slice, ranks_);
+    responses_.template accumulate<N, true, kCount>(
+        halo_of(stage(s.item)), units_,
+        shared_.patch_table + s.slice * p_.slice * 16, slices_.tiles(s.slice, chunks_),
+        bands_of(s.steps), p_.slice);
   }
 
   // dA_r' += z_r' g.
+  template <int kCount>
   __device__ __forceinline__ void correlate(int tile) {
     const Rows<N, kOut> grad = grad_of(stage(tile));
 #pragma unroll
     for (int m = 0; m < kUnits; ++m) {
-      Tile<N> z[kRanks];
+      Tile<N> z[kCount];
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) z[j] = chain<N>(responses_.z[m][j]);
+      for (int j = 0; j < kCount; ++j) z[j] = chain<N>(responses_.z[m][j]);
       const ConsecutiveRows rows = {unit_of_warp(m) * kUnit};
 #pragma unroll
       for (int o = 0; o < kOutTiles; ++o) {
-        const auto g = load_trans<N>(grad, rows, 16 * o);
+        const auto g = load_right<N, Along::kRows>(grad, rows, 16 * o);
 #pragma unroll
-        for (int j = 0; j < kRanks; ++j) {
-          if (j < ranks_) multiply<N, Along::kColumns, Along::kRows>(sum_[j][o], z[j], g);
+        for (int j = 0; j < kCount; ++j) {
+          multiply<N>(sum_[j][o], z[j], g);
         }
       }
     }
@@ -200,6 +205,7 @@ class CoefficientGradient {
   const int chunks_;
   const Slices slices_;
   const CoefficientShared<N, kOutTiles, kRanks> shared_;
+  const UnitHalos units_;
   int first_, ranks_, in_, out_, split_, group_, begin_, end_;
   Responses<kRanks> responses_;
   float sum_[kRanks][kOutTiles][2][4] = {};

@@ -129,9 +129,10 @@ __device__ __forceinline__ int unit_halo(const Lattice& map, int u) {
   return row * map.axis[2].halo + width;
 }
 
-// Halo position of patch position `l`, relative to the unit's first; -1 for the padding.
+// Halo position of patch position `l`, relative to the unit's first. The padding of the last 16-row tile
+// meets zeros of the bands, and reads the unit's first input again.
 __device__ __forceinline__ int patch_halo(const Lattice& map, int l) {
-  if (l >= map.patch()) return -1;
+  if (l >= map.patch()) return 0;
   int width = l % map.axis[2].patch;
   l /= map.axis[2].patch;
   int height = l % map.axis[1].patch;

@@ -42,6 +42,7 @@ struct PrepareArguments {
   void* packed;                // [groups, in / 16, R, out_tiles, 32 lanes, 8]
   int64_t stride_group, stride_in, stride_out, stride_rank;
   int groups, in_channels, out_channels, out_tiles, rank;
+  bool transposed_bands;  // as right operands: k, along the patch, changes first among a lane's pairs
 };
 cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& arguments,
                     cudaStream_t stream);

@@ -338,6 +338,7 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
   Workspace room(workspace, input);
   PrepareArguments p = preparation(nullptr, groups, false, 1, room);
   add_bands(p, map, basis, room);
+  p.transposed_bands = true;
   a.bands = p.bands;
   a.groups = static_cast<int>(groups);
   a.rank = p.rank;

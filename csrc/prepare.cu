@@ -49,6 +49,11 @@ __device__ __forceinline__ int tap_index(const Lattice& map, const Residues& res
   return meets ? tap : -1;
 }
 
+// Number, among a lane's pairs, of that in half `row` of a tile's rows and half `column` of its columns.
+__device__ __forceinline__ int pair_number(bool transposed, int row, int column) {
+  return transposed ? column + 2 * row : row + 2 * column;
+}
+
 // Tile `index` / 32 of the bands [bands, R, chunks]: rows are the outputs t of a unit, columns 16
 // positions l of its patch, elements phi_r at the tap where they meet. kZeros: those that meet none alone.
 template <class N, bool kZeros>
@@ -64,11 +69,13 @@ __device__ void write_band(const Lattice& map, const PrepareArguments& p, int64_
   unsigned taken = 0;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
+    const int low = m % 2, high = m / 2;
+    const int row = p.transposed_bands ? high : low, column = p.transposed_bands ? low : high;
     float value[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int l = chunk * 16 + 2 * t + 8 * (m / 2) + e;
-      const int tap = tap_index(map, residue, l, g + 8 * (m % 2));
+      const int l = chunk * 16 + 2 * t + 8 * column + e;
+      const int tap = tap_index(map, residue, l, g + 8 * row);
       taken |= static_cast<unsigned>(tap >= 0) << (2 * m + e);
       value[e] = kZeros || tap < 0 ? 0.0f : basis[tap];
     }
@@ -120,8 +127,9 @@ __device__ void write_tap(const Lattice& map, const PrepareArguments& p, const M
       }
       const int column = l % 16, holder = row % 8 * 4 + column % 8 / 2;
       const int64_t tile = (static_cast<int64_t>(band) * p.rank + rank) * map.chunks() + l / 16;
-      const int64_t element = tile * kTileElements + holder * kLaneElements +
-                              2 * (row / 8 + 2 * (column / 8)) + column % 2;
+      const int pair = pair_number(p.transposed_bands, row / 8, column / 8);
+      const int64_t element =
+          tile * kTileElements + holder * kLaneElements + 2 * pair + column % 2;
       const typename N::Pair rounded = N::pair(phi(rank), 0.0f);
       memcpy(static_cast<Element*>(p.bands) + element, &rounded, sizeof(Element));
     }

@@ -1,6 +1,8 @@
 // z = phi * x of one warp's units, for 16 input channels and a few basis functions, in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "staging.cuh"
 
 namespace hyperconv {
@@ -10,6 +12,26 @@ namespace hyperconv {
 constexpr int kUnits = 2;
 
 __device__ __forceinline__ int unit_of_warp(int m) { return threadIdx.x / 32 * kUnits + m; }
+
+// Halo positions of the first inputs of a warp's units: a dozen divisions, to be done once.
+struct UnitHalos {
+  int first[kUnits];
+
+  __device__ __forceinline__ explicit UnitHalos(const Lattice& map) {
+#pragma unroll
+    for (int m = 0; m < kUnits; ++m) first[m] = unit_halo(map, unit_of_warp(m));
+  }
+};
+
+// function(count), with `count` a constant: a branch inside the loops over basis functions would make the
+// compiler copy their accumulators from register to register.
+template <int kMost, class Function>
+__device__ __forceinline__ void with_constant(int count, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, function);
+  }
+  function(std::integral_constant<int, kMost>());
+}
 
 // z_r of unit m as a product of two 16x8 halves; [outputs, channels], or transposed.
 template <int kRanks>
@@ -27,35 +49,27 @@ struct Responses {
     }
   }
 
-  // Adds the products with `chunks` 16-row tiles of the patch; `table` begins at the first of them.
-  // `bands`: their tiles for the first basis function; for the next ones `stride` tiles further each.
-  template <class N, bool kTransposed>
-  __device__ __forceinline__ void accumulate(const Lattice& map, const Halo<N>& halo,
+  // Adds the products of the first kCount functions with `chunks` 16-row tiles of the patch; `table` begins
+  // at the first of them. `bands`: their tiles for the first function; for the next ones `stride` tiles
+  // further each. kTransposed: z' = x' band', with tiles of band' as right operands.
+  template <class N, bool kTransposed, int kCount>
+  __device__ __forceinline__ void accumulate(const Halo<N>& halo, const UnitHalos& units,
                                              const int* table, int chunks,
-                                             const typename N::Element* bands, int stride,
-                                             int ranks) {
-    int first[kUnits];
-#pragma unroll
-    for (int m = 0; m < kUnits; ++m) first[m] = unit_halo(map, unit_of_warp(m));
-    const int zero = map.halo();
+                                             const typename N::Element* bands, int stride) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Tile<N> patch[kUnits];
 #pragma unroll
       for (int m = 0; m < kUnits; ++m) {
-        patch[m] = load_trans<N>(halo, PatchRows{table + chunk * 16, first[m], zero}, 0);
+        const PatchRows rows = {table + chunk * 16, units.first[m]};
+        patch[m] = kTransposed ? load_left<N, Along::kRows>(halo, rows, 0)
+                               : load_right<N, Along::kRows>(halo, rows, 0);
       }
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) {
-        if (j < ranks) {
-          const auto band = load_packed<N>(bands + (j * stride + chunk) * kTileElements);
+      for (int j = 0; j < kCount; ++j) {
+        const auto band = load_packed<N>(bands + (j * stride + chunk) * kTileElements);
 #pragma unroll
-          for (int m = 0; m < kUnits; ++m) {
-            if constexpr (kTransposed) {
-              multiply<N, Along::kRows, Along::kColumns>(z[m][j], patch[m], band);
-            } else {
-              multiply<N, Along::kColumns, Along::kRows>(z[m][j], band, patch[m]);
-            }
-          }
+        for (int m = 0; m < kUnits; ++m) {
+          multiply<N>(z[m][j], kTransposed ? patch[m] : band, kTransposed ? band : patch[m]);
         }
       }
     }

@@ -104,24 +104,11 @@ __device__ __forceinline__ void fill_patch_table(int* table, const Lattice& map)
   for (int i = threadIdx.x; i < map.chunks() * 16; i += blockDim.x) table[i] = patch_halo(map, i);
 }
 
-// The halo's one row beyond its positions: zeros, which the padding of every patch reads.
-template <class N>
-__device__ __forceinline__ void fill_zero_row(const Halo<N>& halo, const Lattice& map) {
-  if (threadIdx.x < Halo<N>::kChunks) {
-    *reinterpret_cast<uint4*>(halo.chunk(map.halo(), threadIdx.x)) = make_uint4(0, 0, 0, 0);
-  }
-}
-
 // Halo rows of 16 patch positions of one unit.
 struct PatchRows {
   const int* table;  // of the 16 positions
   int first;         // halo position of the unit's first input
-  int zero;          // of the row of zeros
-
-  __device__ __forceinline__ int operator()(int row) const {
-    const int offset = table[row];
-    return offset < 0 ? zero : first + offset;
-  }
+  __device__ __forceinline__ int operator()(int row) const { return first + table[row]; }
 };
 
 // 16 consecutive rows.
@@ -130,19 +117,21 @@ struct ConsecutiveRows {
   __device__ __forceinline__ int operator()(int row) const { return first + row; }
 };
 
-// One step of a pipeline: `step` of `item`; `number` counts all steps of the block.
+// One step of a pipeline: slice `slice` of turn `turn` of `item`. `turns` and `steps` count all turns and
+// steps of the block, for the halves of what is double-buffered.
 struct Step {
-  int item, step, number;
+  int item, turn, slice, turns, steps;
 };
 
-// Items begin .. end - 1, each in `steps` steps: compute(s) for each in turn, on what copy(s) has brought
-// while the step before was computed. An item's activations are brought by copy_item(item), with its
-// first step; where shared memory holds those of one item only, not before the last item is done.
+// Items begin .. end - 1, each in `turns` turns of `slices` steps: compute(s) for each in order, on what
+// copy(s) has brought while the step before was computed. An item's activations are brought by
+// copy_item(item), with its first step; where shared memory holds those of one item only, not before the
+// last item is done.
 template <class CopyItem, class Copy, class Compute>
-__device__ __forceinline__ void pipeline(int begin, int end, int steps, bool one_item,
+__device__ __forceinline__ void pipeline(int begin, int end, int turns, int slices, bool one_item,
                                          const CopyItem& copy_item, const Copy& copy,
                                          const Compute& compute) {
-  Step s = {begin, 0, 0};
+  Step s = {begin, 0, 0, 0, 0};
   if (s.item < end) {
     copy_item(s.item);
     copy(s);
@@ -151,15 +140,24 @@ __device__ __forceinline__ void pipeline(int begin, int end, int steps, bool one
   while (s.item < end) {
     ptx::cp_async_wait_all();
     __syncthreads();  // this step's data is there, and nobody reads the last step's any more
-    if (one_item && s.step == 0 && s.item > begin) {
+    const bool first = s.turn == 0 && s.slice == 0;
+    if (one_item && first && s.item > begin) {
       copy_item(s.item);
       ptx::cp_async_wait_all();
       __syncthreads();  // the only item's
     }
-    Step next = {s.item, s.step + 1, s.number + 1};
-    if (next.step == steps) next = {s.item + 1, 0, s.number + 1};
+    Step next = {s.item, s.turn, s.slice + 1, s.turns, s.steps + 1};
+    if (next.slice == slices) {
+      ++next.turn;
+      ++next.turns;
+      next.slice = 0;
+    }
+    if (next.turn == turns) {
+      ++next.item;
+      next.turn = 0;
+    }
     if (next.item < end) {
-      if (next.step == 0 && !one_item) copy_item(next.item);
+      if (next.item != s.item && !one_item) copy_item(next.item);
       copy(next);
       ptx::cp_async_commit();
     }

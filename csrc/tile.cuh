@@ -126,82 +126,80 @@ struct Rows {
 
   Element* data;
 
-  __device__ __forceinline__ Element* chunk(int row, int chunk) const {
-    const int mixed = chunk ^ (row / kPerLine % (kChunks < 8 ? kChunks : 8));
+  __device__ __forceinline__ Element* chunk(unsigned row, unsigned chunk) const {
+    const unsigned mixed = chunk ^ (row / kPerLine % (kChunks < 8 ? kChunks : 8));
     return data + (row * kChunks + mixed) * kPerChunk;
   }
-  __device__ __forceinline__ Element* element(int row, int channel) const {
+  __device__ __forceinline__ Element* element(unsigned row, unsigned channel) const {
     return chunk(row, channel / kPerChunk) + channel % kPerChunk;
   }
 };
 
-// A 16x16 tile of Rows: rows row(0) .. row(15), channels channel .. channel + 15.
-//
-// load_plain: k runs along the channels.  m[i]: (row g + 8 (i % 2), channels 2t + 8 (i / 2))
-// load_trans: k runs along the rows.      m[i]: (rows 2t + 8 (i % 2), channel g + 8 (i / 2))
-template <class N, bool kTranspose, int kChannels, class Row>
+// A 16x16 tile of Rows, rows row(0) .. row(15), channels channel .. channel + 15, as an operand of a product
+// whose inner dimension k runs along the channels or along the rows. Its four pairs come in the order in
+// which `multiply` takes them: registers of one instruction must be neighbours, and every other order
+// would be mended by copies.
+enum class Along { kChannels, kRows };
+
+template <class N, Along kInner, bool kRowsFirst, int kChannels, class Row>
 __device__ __forceinline__ Tile<N> load_rows(const Rows<N, kChannels>& rows, const Row& row,
                                              int channel) {
   const int lane = threadIdx.x % 32;
   Tile<N> tile;
   if constexpr (sizeof(typename N::Element) == 2) {
-    const auto* address = rows.chunk(row(lane % 16), channel / 8 + lane / 16);
-    if constexpr (kTranspose) {
+    const int low = lane / 8 % 2, high = lane / 16;  // of the number of the matrix a lane addresses
+    const int r = lane % 8 + 8 * (kRowsFirst ? low : high);
+    const auto* address = rows.chunk(row(r), channel / 8 + (kRowsFirst ? high : low));
+    if constexpr (kInner == Along::kRows) {
       ptx::ldmatrix_x4_trans(tile.m, address);
     } else {
       ptx::ldmatrix_x4(tile.m, address);
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-    if constexpr (kTranspose) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kInner == Along::kRows) {
         const int low = row(2 * t + 8 * i), high = row(2 * t + 8 * i + 1);
-        tile.m[i] = N::pair(*rows.element(low, channel + g), *rows.element(high, channel + g));
-        tile.m[i + 2] =
-            N::pair(*rows.element(low, channel + g + 8), *rows.element(high, channel + g + 8));
-      }
-    } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+        for (int c = 0; c < 2; ++c) {
+          tile.m[kRowsFirst ? i + 2 * c : c + 2 * i] =
+              N::pair(*rows.element(low, channel + g + 8 * c), *rows.element(high, channel + g + 8 * c));
+        }
+      } else {
         const int r = row(g + 8 * i);
-        const auto* left = reinterpret_cast<const float2*>(rows.element(r, channel + 2 * t));
-        const auto* right = reinterpret_cast<const float2*>(rows.element(r, channel + 2 * t + 8));
-        tile.m[i] = N::pair(left->x, left->y);
-        tile.m[i + 2] = N::pair(right->x, right->y);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const auto* pair = reinterpret_cast<const float2*>(rows.element(r, channel + 2 * t + 8 * c));
+          tile.m[kRowsFirst ? i + 2 * c : c + 2 * i] = N::pair(pair->x, pair->y);
+        }
       }
     }
   }
   return tile;
 }
 
-template <class N, int kChannels, class Row>
-__device__ __forceinline__ Tile<N> load_plain(const Rows<N, kChannels>& rows, const Row& row,
-                                              int channel) {
-  return load_rows<N, false>(rows, row, channel);
+// m[i]: half i % 2 of the operand's rows, half i / 2 of k.
+template <class N, Along kInner, int kChannels, class Row>
+__device__ __forceinline__ Tile<N> load_left(const Rows<N, kChannels>& rows, const Row& row,
+                                             int channel) {
+  return load_rows<N, kInner, kInner == Along::kChannels>(rows, row, channel);
 }
 
-template <class N, int kChannels, class Row>
-__device__ __forceinline__ Tile<N> load_trans(const Rows<N, kChannels>& rows, const Row& row,
+// m[i]: half i % 2 of k, half i / 2 of the operand's columns.
+template <class N, Along kInner, int kChannels, class Row>
+__device__ __forceinline__ Tile<N> load_right(const Rows<N, kChannels>& rows, const Row& row,
                                               int channel) {
-  return load_rows<N, true>(rows, row, channel);
+  return load_rows<N, kInner, kInner == Along::kRows>(rows, row, channel);
 }
-
-// Which pairs of a tile are the operands of a product. A tile's index is (half of its rows) + 2 (half of
-// its columns); `Along` says which of the two the product's inner dimension k runs along.
-enum class Along { kRows, kColumns };
 
 // c [2][16, 8] += left [16, k] right [k, 16], the two products side by side.
-template <class N, Along kLeft, Along kRight>
+template <class N>
 __device__ __forceinline__ void multiply(float (&c)[2][4], const Tile<N>& left,
                                          const Tile<N>& right) {
-  constexpr int kLow = kLeft == Along::kColumns ? 1 : 2;  // row g + 8, k
-  constexpr int kHigh = 3 - kLow;                         // row g, k + 8
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const auto& b0 = right.m[kRight == Along::kRows ? 2 * n : n];
-    const auto& b1 = right.m[kRight == Along::kRows ? 2 * n + 1 : n + 2];
-    N::mma(c[n], left.m[0], left.m[kLow], left.m[kHigh], left.m[3], b0, b1);
+    N::mma(c[n], left.m[0], left.m[1], left.m[2], left.m[3], right.m[2 * n], right.m[2 * n + 1]);
   }
 }
 

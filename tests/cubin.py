@@ -36,6 +36,7 @@ IEEE = "Ieee"
 # Bytes of stack a kernel may have; the others have none.
 STACK = {
     "coordinate_mlp_kernel": 32,  # sinf and cosf reduce large arguments in an array
+    "prepare_kernel": 32,
     "coordinate_mlp_backward_kernel": 32,
 }
 

@@ -200,7 +200,7 @@ def channels(problem: Problem) -> tuple[int, int]:
 def shared_bytes(problem: Problem, kernel: Kernel, map: Map, slice: int, stages: int) -> int:
     """The pieces of ConvShared, CoefficientShared and BasisShared in csrc/."""
     width = 2 if kernel.number == "half" else 4
-    halo = _size(stages * (map.halo + 1) * _CHANNELS, width)
+    halo = _size(stages * map.halo * _CHANNELS, width)
     units = prod(map.grid)
     tables = _size(map.halo, 8) + _size(map.chunks * 16, 4)
     weights = _size(2 * kernel.ranks * (kernel.outputs // 16) * _TILE, width)
