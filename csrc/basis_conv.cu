@@ -76,9 +76,9 @@ class BasisConv {
     if (resident()) copy_bands(shared_.bands, 0, p_.rank, 0);
     __syncthreads();  // the tables
     // Items are blocks of input channels; turns, groups of basis functions; steps, slices of the patch.
-    pipeline(
+    pipeline<0>(
         0, ceil_div(p_.x.channels, kChannels), ceil_div(p_.rank, kRanks), slices_.count,
-        p_.halo_stages == 1, [&](int c) { copy_halo(c); }, [&](const Step& s) { copy(s); },
+        p_.halo_stages == 1, [](int) {}, [&](int c) { copy_halo(c); }, [&](const Step& s) { copy(s); },
         [&](const Step& s) { compute(s); });
     store();
   }

@@ -33,6 +33,7 @@ struct BasisShared {
   Element *halo, *grad, *coefficients;
   Offset *halo_table, *output_table;
   int* patch_table;
+  Item* items;
   float* total;  // [kRanks, 16 outputs, piece], at the end, over the rest
   int bytes;
 
@@ -47,6 +48,7 @@ struct BasisShared {
     halo_table = arena.take<Offset>(p.map.halo());
     output_table = arena.take<Offset>(p.map.units() * kUnit);
     patch_table = arena.take<int>(p.map.chunks() * 16);
+    items = arena.take<Item>(ItemTable::kItems);
     bytes = max(arena.used(), end.used());
   }
 };
@@ -82,10 +84,13 @@ class BasisGradient {
     fill_halo_table(shared_.halo_table, p_.map);
     fill_output_table(shared_.output_table, p_.map);
     fill_patch_table(shared_.patch_table, p_.map);
+    items().locate(begin_, where());
     __syncthreads();  // the tables
     // Items are blocks of outputs at 16 input channels; steps, blocks of output channels.
-    pipeline(
-        begin_, end_, 1, out_steps_, p_.halo_stages == 1, [&](int item) { copy_inputs(item); },
+    pipeline<ItemTable::kBatch>(
+        begin_, end_, 1, out_steps_, p_.halo_stages == 1,
+        [&](int item) { items().locate(item + ItemTable::kBatch, where()); },
+        [&](int item) { copy_inputs(item); },
         [&](const Step& s) { copy(s.item, s.slice, s.steps); },
         [&](const Step& s) {
           if (s.slice == 0) u_.clear();
@@ -112,27 +117,28 @@ class BasisGradient {
   }
 
   // Items: input channels fastest, then blocks of outputs, then groups.
-  __device__ __forceinline__ int channel_block(int item) const { return item % in_blocks_; }
-  __device__ __forceinline__ Block block(int item) const {
-    return locate(p_.map, item / in_blocks_ % (p_.map.blocks() * p_.map.phases()));
-  }
-  __device__ __forceinline__ int group(int item) const {
-    return item / in_blocks_ / (p_.map.blocks() * p_.map.phases());
+  __device__ __forceinline__ ItemTable items() const { return {shared_.items, begin_}; }
+  __device__ __forceinline__ auto where() const {
+    return [this](int item) {
+      const int tiles = p_.map.blocks() * p_.map.phases();
+      return Item{locate(p_.map, item / in_blocks_ % tiles), item % in_blocks_,
+                  item / in_blocks_ / tiles};
+    };
   }
   __device__ __forceinline__ int step_tiles(int out) const {
     return min(kOutTiles, out_tiles_ - out * kOutTiles);
   }
 
   __device__ __forceinline__ void copy(int item, int out, int number) {
-    const Block at = block(item);
+    const Item& at = items()[item];
     const auto output = [&](int position, int64_t* element) {
-      return output_element(p_.map, at, p_.g.strides, shared_.output_table[position], element);
+      return output_element(p_.map, at.block, p_.g.strides, shared_.output_table[position], element);
     };
-    copy_rows<N>(grad_of(number), p_.map.units() * kUnit, output, p_.g, group(item), out * kOut);
+    copy_rows<N>(grad_of(number), p_.map.units() * kUnit, output, p_.g, at.group, out * kOut);
     for (int o = 0; o < step_tiles(out); ++o) {
-      const int64_t row = static_cast<int64_t>(group(item)) * out_tiles_ + out * kOutTiles + o;
+      const int64_t row = static_cast<int64_t>(at.group) * out_tiles_ + out * kOutTiles + o;
       for (int j = 0; j < ranks_; ++j) {
-        const int64_t tile = (row * p_.rank + first_ + j) * in_blocks_ + channel_block(item);
+        const int64_t tile = (row * p_.rank + first_ + j) * in_blocks_ + at.in_block;
         copy_tiles<N>(coefficients_of(number) + (o * kRanks + j) * kTileElements,
                       p_.packed + tile * kTileElements, 1);
       }
@@ -140,12 +146,12 @@ class BasisGradient {
   }
 
   __device__ __forceinline__ void copy_inputs(int item) {
-    const Block at = block(item);
+    const Item& at = items()[item];
     const auto input = [&](int position, int64_t* element) {
-      return input_element(p_.map, at, p_.x.strides, shared_.halo_table[position], element);
+      return input_element(p_.map, at.block, p_.x.strides, shared_.halo_table[position], element);
     };
-    copy_rows<N>(halo_of(stage(item)), p_.map.halo(), input, p_.x, group(item),
-                 channel_block(item) * kChannels);
+    copy_rows<N>(halo_of(stage(item)), p_.map.halo(), input, p_.x, at.group,
+                 at.in_block * kChannels);
   }
 
   // u_r += g A_r', over the output channels of one step.

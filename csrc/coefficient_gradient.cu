@@ -32,6 +32,7 @@ struct CoefficientShared {
   Element *halo, *grad, *bands;
   Offset *halo_table, *output_table;
   int* patch_table;
+  Item* items;
   float* total;  // [kRanks, 16 channels, out], at the end, over the rest
   int bytes;
 
@@ -48,6 +49,7 @@ struct CoefficientShared {
     halo_table = arena.take<Offset>(p.map.halo());
     output_table = arena.take<Offset>(p.map.units() * kUnit);
     patch_table = arena.take<int>(p.map.chunks() * 16);
+    items = arena.take<Item>(ItemTable::kItems);
     bytes = max(arena.used(), end.used());
   }
 };
@@ -88,10 +90,13 @@ class CoefficientGradient {
     fill_output_table(shared_.output_table, p_.map);
     fill_patch_table(shared_.patch_table, p_.map);
     if (resident()) copy_bands(0, 0);
+    items().locate(begin_, where());
     __syncthreads();  // the tables
     // Items are blocks of outputs; steps, slices of the patch.
-    pipeline(
-        begin_, end_, 1, slices_.count, p_.halo_stages == 1, [&](int tile) { copy_activations(tile); },
+    pipeline<ItemTable::kBatch>(
+        begin_, end_, 1, slices_.count, p_.halo_stages == 1,
+        [&](int tile) { items().locate(tile + ItemTable::kBatch, where()); },
+        [&](int tile) { copy_activations(tile); },
         [&](const Step& s) {
           if (!resident()) copy_bands(s.slice, s.steps);
         },
@@ -120,8 +125,13 @@ class CoefficientGradient {
     return shared_.bands + (resident() ? 0 : number % 2) * kRanks * p_.slice * kTileElements;
   }
 
+  __device__ __forceinline__ ItemTable items() const { return {shared_.items, begin_}; }
+  __device__ __forceinline__ auto where() const {
+    return [this](int tile) { return Item{locate(p_.map, tile), 0, 0}; };
+  }
+
   __device__ __forceinline__ void copy_activations(int tile) {
-    const Block block = locate(p_.map, tile);
+    const Block& block = items()[tile].block;
     const auto input = [&](int position, int64_t* element) {
       return input_element(p_.map, block, p_.x.strides, shared_.halo_table[position], element);
     };

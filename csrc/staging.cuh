@@ -117,6 +117,37 @@ struct ConsecutiveRows {
   __device__ __forceinline__ int operator()(int row) const { return first + row; }
 };
 
+// Where one item of a gradient's work lies: its block of outputs, its input channels and its group.
+struct __align__(16) Item {
+  Block block;
+  int in_block, group;
+};
+
+// The items from `begin` on that a block works through, in shared memory: 32 at a time are located by the
+// lanes of one warp, long before they are needed, since each takes a dozen divisions.
+class ItemTable {
+ public:
+  static constexpr int kBatch = 32, kItems = 2 * kBatch;
+
+  __device__ __forceinline__ ItemTable(Item* items, int begin) : items_(items), begin_(begin) {}
+
+  // where(item) for the batch that begins with `item`; those beyond the end are never read. Before a
+  // barrier and all use of that batch, after all use of the one before the last.
+  template <class Locate>
+  __device__ __forceinline__ void locate(int item, const Locate& where) const {
+    if (threadIdx.x >= kBatch) return;
+    item += threadIdx.x;
+    items_[static_cast<unsigned>(item - begin_) % kItems] = where(item);
+  }
+  __device__ __forceinline__ const Item& operator[](int item) const {
+    return items_[static_cast<unsigned>(item - begin_) % kItems];
+  }
+
+ private:
+  Item* items_;
+  int begin_;
+};
+
 // One step of a pipeline: slice `slice` of turn `turn` of `item`. `turns` and `steps` count all turns and
 // steps of the block, for the halves of what is double-buffered.
 struct Step {
@@ -126,9 +157,11 @@ struct Step {
 // Items begin .. end - 1, each in `turns` turns of `slices` steps: compute(s) for each in order, on what
 // copy(s) has brought while the step before was computed. An item's activations are brought by
 // copy_item(item), with its first step; where shared memory holds those of one item only, not before the
-// last item is done.
-template <class CopyItem, class Copy, class Compute>
+// last item is done. If kBatch is not 0, begin_batch(item) is called before the first step of every kBatch
+// items, in a loop of its own, to which what it does is charged.
+template <int kBatch, class BeginBatch, class CopyItem, class Copy, class Compute>
 __device__ __forceinline__ void pipeline(int begin, int end, int turns, int slices, bool one_item,
+                                         const BeginBatch& begin_batch,
                                          const CopyItem& copy_item, const Copy& copy,
                                          const Compute& compute) {
   Step s = {begin, 0, 0, 0, 0};
@@ -137,7 +170,7 @@ __device__ __forceinline__ void pipeline(int begin, int end, int turns, int slic
     copy(s);
     ptx::cp_async_commit();
   }
-  while (s.item < end) {
+  const auto take_step = [&] {
     ptx::cp_async_wait_all();
     __syncthreads();  // this step's data is there, and nobody reads the last step's any more
     const bool first = s.turn == 0 && s.slice == 0;
@@ -163,6 +196,15 @@ __device__ __forceinline__ void pipeline(int begin, int end, int turns, int slic
     }
     compute(s);
     s = next;
+  };
+  if constexpr (kBatch == 0) {
+    while (s.item < end) take_step();
+  } else {
+    while (s.item < end) {
+      begin_batch(s.item);
+      const int stop = min(end, s.item + kBatch);
+      while (s.item < stop) take_step();
+    }
   }
 }
 

@@ -35,10 +35,15 @@ _GRIDS = {1: (1, 1, 1, 2), 2: (2, 1, 2, 1), 4: (2, 1, 2, 2), 8: (1, 1, 4, 4)}
 
 
 def operands_of(
-    op: Op, dtype: torch.dtype, device: torch.device, rank: int, channels: int = 80
+    op: Op,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    channels: int = 80,
+    batch: int = 3,
 ) -> tuple[Tensor, ...]:
-    input = torch.randn(3, 32, 9, 10, device=device, dtype=dtype)
-    grad = torch.randn(3, channels, 9, 10, device=device, dtype=dtype)
+    input = torch.randn(batch, 32, 9, 10, device=device, dtype=dtype)
+    grad = torch.randn(batch, channels, 9, 10, device=device, dtype=dtype)
     input, grad = (t.contiguous(memory_format=torch.channels_last) for t in (input, grad))
     coefficients = torch.randn(channels, 32, rank, device=device, dtype=dtype)
     basis = torch.randn(rank, 5, 6, device=device)
@@ -97,6 +102,22 @@ def test_instantiation(kernel, warps: int, slice: int, stages: int, device, pois
         assert relative_error(actual, truth) < 2.0**-10  # operands of 11 bits
     else:
         check(str(kernel), actual, truth, composite(operands).to(actual.dtype))
+
+
+@pytest.mark.parametrize("op", ["basis_conv_bwd_coeff", "basis_conv_bwd_basis"])
+def test_more_items_than_are_located_ahead(op: Op, device, poisoned) -> None:
+    """Blocks that each work through three batches of items and a bit of a fourth."""
+    operands = operands_of(op, torch.float16, device, 2, channels=16, batch=37)
+    problem = problem_for(op, operands, "half")
+    kernel = next(k for k in tiles.ALL if (k.family, k.number) == (tiles.family(problem), "half"))
+    tile = tile_for(problem, kernel, 1, 99, 2)
+    blocks = tiles.map_of(problem, tile.unit, tile.grid).blocks
+    items = blocks * (2 if op == "basis_conv_bwd_basis" else 1) // tiles.shares(problem, tile)[0]
+    assert items > 96
+    actual = run_tile(problem, tile, operands)
+    wide = tuple(t.double() for t in operands)
+    truth = ops.form(OPS.index(op), GEOMETRY, "composite", "auto", None, *wide)
+    assert relative_error(actual, truth) < 2.0**-10
 
 
 def test_all_instantiations_have_a_test() -> None:

@@ -51,6 +51,7 @@ _UNITS_PER_WARP = 2
 _CHANNELS = 16  # input channels of a step
 _TILE = 256  # elements of a 16x16 operand
 _PIECE = 8  # 16-row tiles of the patch in a piece of the basis gradient
+_ITEMS = 64  # of a gradient's work that are located ahead
 _WARPS = (8, 4, 2, 1)
 # 16-row tiles of the patch whose bands are loaded together where all of them do not fit.
 _SLICES = (8, 4, 2, 1)
@@ -208,7 +209,7 @@ def shared_bytes(problem: Problem, kernel: Kernel, map: Map, slice: int, stages:
     if kernel.family == "basis_conv":
         bands = _size((problem.rank if resident else 2 * kernel.ranks) * slice * _TILE, width)
         return halo + weights + bands + tables
-    tables += _size(units * _UNIT, 8)
+    tables += _size(units * _UNIT, 8) + _size(_ITEMS, 64)
     grad = units * _UNIT * kernel.outputs
     if kernel.family == "coefficient_gradient":
         bands = _size((1 if resident else 2) * kernel.ranks * slice * _TILE, width)
