@@ -39,7 +39,8 @@ def _products(left: Tensor, right: Tensor) -> Iterator[Callable[[], Tensor]]:
     PyTorch multiplies float32 matrices by another one, on some CPUs at half the speed.
     """
     yield lambda: left @ right
-    if left.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    on_cpu = left.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and left.dtype == torch.float32:
         blocked = left.to_mkldnn(), right.to_mkldnn()
         yield lambda: F.linear(*blocked)
 

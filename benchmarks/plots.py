@@ -10,6 +10,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
         f"the plots need matplotlib ({error}); python -m pip install matplotlib"
@@ -41,7 +42,8 @@ Ratio = Callable[[Cells, str, str], float | None]
 def draw(name: str, records: Sequence[Record], ceilings: Mapping[str, Any], path: Path) -> None:
     """The plot `name` of `report.PLOTS` as `path`.
 
-    All but `features` show the tier that ran first: one dtype, one number of features.
+    All but `features` show the tier that ran first, one dtype and one number of features; `kernel` and
+    `memory` only layers of two axes, whose kernel sizes compare.
     """
     tier = records[0].row.tier
     first = [record for record in records if record.row.tier == tier]
@@ -53,8 +55,9 @@ def draw(name: str, records: Sequence[Record], ceilings: Mapping[str, Any], path
         else:
             ratio = memory_saving if name == "memory" else speedup
             label, value = _AXES[name]
-            figure = _ratios(first, ratio, label, value)
-        figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
+            flat = [record for record in first if name == "channels" or record.shape.dims == 2]
+            figure = _ratios(flat, ratio, label, value)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 _AXES: dict[str, tuple[str, Callable[[Row], int]]] = {
@@ -79,8 +82,7 @@ def _apart_from_features(record: Record) -> str:
 
 def _ratios(records: Sequence[Record], ratio: Ratio, label: str, value: Callable[[Row], int]) -> Figure:
     """One panel a phase: each row a dot, the geometric mean of a competitor's rows a line."""
-    figure = Figure(figsize=(10, 4))
-    panels = figure.subplots(1, len(PHASES), sharey=True)
+    figure, panels = _panels("nn.Conv / competitor")
     rows = compared(records)
     names = [name for baseline in (True, False) for name in columns(records, baseline) if name != CONV]
     ticks = sorted({value(row) for row in rows})
@@ -92,11 +94,26 @@ def _ratios(records: Sequence[Record], ratio: Ratio, label: str, value: Callable
                     points.setdefault(value(row), []).append(measured)
             _line(axes, points, name, f"C{index}")
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(title=PHASE_NAMES[phase], xscale="log", yscale="log", xlabel=label)
+        axes.set_xlabel(label)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
         axes.minorticks_off()
-    panels[0].set_ylabel("nn.Conv / competitor")
-    panels[0].legend()
+    return _with_legend(figure)
+
+
+def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
+    """One panel a phase, both axes logarithmic."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(PHASES), sharey=True)
+    for axes, phase in zip(panels, PHASES, strict=True):
+        axes.set(title=PHASE_NAMES[phase], xscale="log", yscale="log")
+    panels[0].set_ylabel(label)
+    return figure, panels
+
+
+def _with_legend(figure: Figure) -> Figure:
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return figure
 
 
@@ -109,13 +126,13 @@ def _line(axes: Axes, points: Mapping[int, Sequence[float]], name: str, color: s
 
 def _roofline(records: Sequence[Record], ceilings: Mapping[str, Any]) -> Figure:
     """Every row's effective TFLOP/s; above the matrix rate lies what executes fewer operations."""
-    figure = Figure(figsize=(10, 4))
-    panels = figure.subplots(1, len(PHASES), sharey=True)
+    figure, panels = _panels("effective TFLOP/s")
     rows = compared(records)
     peak = ceilings["flops_per_second"][records[0].dtype] / 1e12
     bandwidth = ceilings["bytes_per_second"] / 1e12
     names = (*columns(records, baseline=True), *columns(records, baseline=False))
     for axes, phase in zip(panels, PHASES, strict=True):
+        intensities = [peak / bandwidth]
         for name in names:
             measured = [
                 (record.intensity, rate)
@@ -124,12 +141,9 @@ def _roofline(records: Sequence[Record], ceilings: Mapping[str, Any]) -> Figure:
                 and (record := cells.get(name))
                 and (rate := record.tflops(record.direct_flops))
             ]
+            intensities += [intensity for intensity, _ in measured]
             axes.plot(*zip(*measured, strict=True) if measured else ([], []), ".", label=name)
-        ridge = peak / bandwidth
-        reach = [min((r.intensity for r in records if r.minimal_bytes), default=ridge), ridge]
-        far = max((r.intensity for r in records if r.minimal_bytes), default=ridge)
-        axes.plot([*reach, far], [min(peak, bandwidth * x) for x in (*reach, far)], "k-", linewidth=1)
-        axes.set(title=PHASE_NAMES[phase], xscale="log", yscale="log", xlabel="FLOP / byte")
-    panels[0].set_ylabel("effective TFLOP/s")
-    panels[0].legend()
-    return figure
+        ends = sorted({min(intensities) / 2, peak / bandwidth, max(intensities) * 2})
+        axes.plot(ends, [min(peak, bandwidth * x) for x in ends], "k-", linewidth=1)
+        axes.set_xlabel("FLOP / byte")
+    return _with_legend(figure)

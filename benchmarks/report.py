@@ -20,10 +20,10 @@ from benchmarks import goals, shapes, tables
 from benchmarks.records import PHASE_NAMES, PHASES, Record, load
 
 PLOTS = {
-    "kernel": "Speed-up over nn.Conv against the kernel size: geometric means, and every row.",
+    "kernel": "Speed-up over nn.Conv in 2-D against the kernel size: geometric means, and every row.",
     "channels": "Speed-up over nn.Conv against the input channels.",
     "features": "Speed-up over nn.Conv against N, the number of features.",
-    "memory": "Peak memory of nn.Conv over that of each competitor, against the kernel size.",
+    "memory": "Peak memory of nn.Conv over that of each competitor in 2-D, against the kernel size.",
     "roofline": "Operations of the direct convolution a second against their number per byte, under the "
     "ceilings measured in the same run.",
 }

@@ -53,12 +53,6 @@ class Shape:
         )
 
     @property
-    def conv_arguments(self) -> tuple[Ints, Ints, Ints, Ints, Ints, int]:
-        """Input size, kernel size, stride, padding, dilation, groups: those of `Geometry.conv`."""
-        stride, dilation = (self.stride,) * self.dims, (self.dilation,) * self.dims
-        return self.size, self.kernel_size, stride, self.padding, dilation, self.groups
-
-    @property
     def taps(self) -> int:
         """K, the number of taps of the kernel."""
         return prod(self.kernel_size)

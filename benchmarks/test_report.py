@@ -72,6 +72,7 @@ def _document(found: list[Record], device: str = "NVIDIA H200") -> dict[str, Any
             if not record.failure
         ],
     }
+    document["benchmarks"].append({"extra_info": {"plans": {}}, "stats": {"median": 1.0}})  # cut
     ceilings = {"bytes_per_second": 4e12, "flops_per_second": {"bf16": 6e14}}
     records.clean(document, [record for record in found if record.failure], ceilings)
     return json.loads(json.dumps(document))
