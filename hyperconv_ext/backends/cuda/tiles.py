@@ -147,7 +147,7 @@ class Map:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """All of it in the order of `parse_lattice` in csrc/library.cpp."""
+        """All of it in the order of `parse_plan` in csrc/library.cpp."""
         batch_blocks, *axis_blocks = self.axis_blocks
         numbers: list[int] = []
         rows = zip(self.units.axes, self.grid[1:], axis_blocks, self.halo_shape, strict=True)
