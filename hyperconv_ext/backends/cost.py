@@ -63,8 +63,8 @@ def _launch_seconds(work: Work, machine: Figures, processors: int) -> float:
         work.dram / machine.dram_bandwidth,
     )
     slowest = max(parts)
-    hidden = _UNHIDDEN * (sum(parts) - slowest)
-    return slowest + hidden + unit * _SETUP_CLOCKS / resident + machine.launch
+    exposed = _UNHIDDEN * (sum(parts) - slowest)
+    return slowest + exposed + unit * _SETUP_CLOCKS / resident + machine.launch
 
 
 def flops(works: Iterable[Work]) -> float:

@@ -86,7 +86,7 @@ def figures(device: Device) -> Figures:
 
 
 def number(problem: Problem) -> Number:
-    """The arithmetic of the products: 16-bit operands, TF32, or IEEE float32."""
+    """The arithmetic of the products: 16-bit operands, TF32, or IEEE (float64 priced as float32)."""
     if problem.dtype in ("float16", "bfloat16"):
         return "half"
-    return "tf32" if problem.tf32 else "ieee"
+    return "tf32" if problem.tf32 and problem.dtype == "float32" else "ieee"
