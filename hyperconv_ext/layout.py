@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from operator import mul
 
 from torch import Tensor
+
+from .geometry import Ints
+from .memory import remembered
 
 # Elements. Triton knows of an integer argument whether it is a multiple of 16, or nothing: only then
 # does it read 16 bytes at a time.
@@ -20,9 +26,15 @@ def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """An uninitialised `[B, channels, *size]` with the batch, dtype and layout of `like`."""
     batch = like.shape[0]
     if channels_last(like):
-        axes = range(1, len(size) + 1)
-        return like.new_empty((batch, *size, channels)).permute(0, len(size) + 1, *axes)
+        return like.new_empty_strided(*_channels_last_layout(batch, channels, tuple(size)))
     return like.new_empty((batch, channels, *size))
+
+
+@remembered
+def _channels_last_layout(batch: int, channels: int, size: Ints) -> tuple[Ints, Ints]:
+    """(shape, strides) of a channels-last `[batch, channels, *size]`."""
+    pitches = tuple(accumulate((channels, *size[:0:-1]), mul))[::-1]
+    return (batch, channels, *size), (channels * prod(size), 1, *pitches)
 
 
 def conform(tensor: Tensor, like: Tensor) -> Tensor:

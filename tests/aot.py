@@ -2,18 +2,22 @@
 
 The kernels are launched through the package's own `launch.py`, on tensors that are never computed
 with, under a driver that only names a target: what is compiled is what a GPU would be given, argument
-specialisation included. Run as a program, it prints the table.
+specialisation included. As a program: print the table for the capabilities named (all if none), each
+kernel with the bounds of its hot loops (`tests/machine_code.py`); the status is 1 if a row is marked, as
+it is for bounds worse than those committed.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,10 @@ from hyperconv_ext.backends.triton import MLP_WIDTH, launch, tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import Device, Op, Plan, Problem
 
-# Shared memory a block may use, in bytes (CUDA C++ Programming Guide, compute capabilities).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-CAPABILITIES = tuple(SHARED_MEMORY)
+from . import bounds_file, machine_code
+
+CAPABILITIES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TENSOR_CORE = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 
 
@@ -60,14 +65,21 @@ class Compiled:
     registers: int
     spill_bytes: int
     shared: int
+    warps: int  # that a multiprocessor holds, by registers and shared memory
     tensor_core: int
+    loops: tuple[str, ...]  # lines about the hot ones, where the capability's rates are known
+
+    @property
+    def multiplies(self) -> bool:
+        return self.kernel not in ("prepare_kernel", "mlp_kernel", "mlp_backward_kernel")
 
     def __str__(self) -> str:
-        return (
+        row = (
             f"sm_{self.capability:<4}{self.kernel:<22}{self.tile:<56}{self.layout:<17}"
-            f"{self.registers:>5} regs {self.spill_bytes:>5} B spilled "
-            f"{self.shared:>7} B shared {self.tensor_core:>4} tensor-core instructions"
+            f"{self.registers:>5} regs {self.spill_bytes:>5} B spilled {self.shared:>7} B shared "
+            f"{self.warps:>3} warps/SM {self.tensor_core:>4} tensor-core instructions"
         )
+        return "\n".join([row, *self.loops])
 
 
 @contextmanager
@@ -88,19 +100,13 @@ def _compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
         triton.runtime.driver._active = previous
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a kernel, as the machine code's own header says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+@cache  # several configurations share a kernel
+def _cuobjdump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {report!r}")
-    return int(found[1]), int(found[2])
+        command = [TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _problem(tile: tiles.Tile, layout: str, capability: int) -> Problem:
@@ -180,11 +186,29 @@ def compile_mlp(width: int, capability: int) -> list[Compiled]:
 
 
 def _row(kernel: str, tile: str, layout: str, capability: int, result: Any) -> Compiled:
-    registers, stack = _resources(result.asm["cubin"])
-    tensor_core = len(re.findall(_TENSOR_CORE, result.asm["ptx"]))
-    return Compiled(
-        kernel, tile, layout, capability, registers, stack, result.metadata.shared, tensor_core
+    cubin = result.asm["cubin"]
+    report = _cuobjdump("-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {report!r}")
+    registers, shared = int(found[1]), result.metadata.shared
+    row = Compiled(
+        kernel,
+        tile,
+        layout,
+        capability,
+        registers,
+        spill_bytes=int(found[2]),
+        shared=shared,
+        warps=machine_code.resident_warps(capability, registers, result.metadata.num_warps, shared),
+        tensor_core=len(re.findall(_TENSOR_CORE, result.asm["ptx"])),
+        loops=(),
     )
+    if not row.multiplies or capability not in machine_code.RATES:
+        return row
+    code = machine_code.instructions(_cuobjdump("-sass", cubin))
+    loops = machine_code.hot_loops(code, capability)
+    return replace(row, loops=tuple(machine_code.loop_lines(loops)))
 
 
 def compile_all(capability: int) -> list[Compiled]:
@@ -201,22 +225,34 @@ def faults(row: Compiled) -> list[str]:
     found = []
     if row.spill_bytes:
         found.append(f"{row.spill_bytes} bytes of local memory")
-    if row.shared > SHARED_MEMORY[row.capability]:
+    if row.shared > machine_code.SHARED_MEMORY[row.capability] - machine_code.BLOCK_SHARED:
         found.append(f"{row.shared} bytes of shared memory")
-    multiplies = row.kernel not in ("prepare_kernel", "mlp_kernel", "mlp_backward_kernel")
-    if multiplies and "-ieee-" not in row.tile and not row.tensor_core:
+    if row.multiplies and "-ieee-" not in row.tile and not row.tensor_core:
         found.append("no tensor-core instruction")
     return found
 
 
+def compiler() -> str:
+    """Triton's version, and that of the assembler in it."""
+    command = [TOOLS / "ptxas", "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return f"triton {triton.__version__}, ptxas {re.findall(r'V[0-9.]+', text)[-1]}"
+
+
 def main(arguments: list[str]) -> int:
-    """Print the table for the capabilities named (all if none); 1 if any row is at fault."""
+    """Print the table; 1 if any row is at fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=CAPABILITIES)
+    parser.add_argument("--update", action="store_true", help="write the committed bounds anew")
+    options = parser.parse_args(arguments)
     status = 0
-    for capability in map(int, arguments or map(str, CAPABILITIES)):
-        for row in compile_all(capability):
-            wrong = faults(row)
-            status |= bool(wrong)
-            print(row, *wrong, sep="  <- " if wrong else "", flush=True)
+    for capability in options.capabilities:
+        table = [(str(row), faults(row)) for row in compile_all(capability)]
+        committed = bounds_file.FOLDER / f"triton_sm_{capability}.txt"
+        command = f"python -m tests.aot --update {capability}"
+        text, wrong = bounds_file.settle(table, committed, compiler(), command, options.update)
+        status |= wrong
+        print(text, end="", flush=True)
     return status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,13 +48,16 @@ def seed() -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN (floats) or a huge number (integers)."""
-    new_empty = torch.Tensor.new_empty
 
-    def poison(self: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else 1 << 29)
+    def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poison(*args: object, **options: object) -> torch.Tensor:
+            fresh = allocate(*args, **options)
+            return fresh.fill_(float("nan") if fresh.is_floating_point() else 1 << 29)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        return poison
+
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
 
 
 def backend_algorithms() -> list[tuple[str, str]]:

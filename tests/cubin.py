@@ -1,11 +1,14 @@
 """Compile csrc/ for GPUs that are not here, and read what the compiler made of it.
 
-As a program: print the table for the architectures named (all if none), 80 or 90a for sm_80 or sm_90a;
-the status is 1 if a row is marked. What has not changed since is taken from build/cubin/.
+As a program: print the table for the architectures named (all if none), 80 or 90a for sm_80 or sm_90a,
+each kernel with the bounds of its hot loops (`tests/machine_code.py`); the status is 1 if a row is
+marked, as it is for bounds worse than those committed. What has not changed since is taken from
+build/cubin/.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import subprocess
@@ -16,6 +19,8 @@ from pathlib import Path
 
 from setup import COMPILE_FLAGS, find_nvcc
 
+from . import bounds_file, machine_code
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
 CUBINS = ROOT / "build" / "cubin"
@@ -24,6 +29,7 @@ JOBS = 2
 STRICT_FLAGS = ["-Werror=all-warnings", "-Xcompiler=-Werror", "-Xptxas=-v,-warn-spills"]
 
 REGISTERS = 255  # of each of the 256 threads that a block has at most
+BLOCK_WARPS = 8
 # Kernels that multiply on tensor cores, unless by IEEE arithmetic: then on none.
 MULTIPLY = ("basis_conv_kernel", "basis_gradient_kernel", "coefficient_gradient_kernel")
 IEEE = "Ieee"
@@ -32,7 +38,6 @@ STACK = {
     "coordinate_mlp_kernel": 32,  # sinf and cosf reduce large arguments in an array
     "coordinate_mlp_backward_kernel": 32,
 }
-_TENSOR_CORE = r"(?<![\w.])(?:[A-Z]G?MMA|UTC[A-Z]*MMA)\b"  # HFMA2.MMA is an ordinary one
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,22 @@ class Compiled:
     stack: int
     spills: int  # bytes stored and loaded
     shared: int  # static
+    warps: int  # of full blocks that a multiprocessor's registers hold
     tensor_core: int
     ldmatrix: int
+    loops: tuple[str, ...]  # lines about the hot ones, where the architecture's rates are known
 
     @property
     def kernel(self) -> str:
         return self.name.partition("<")[0]
 
     def __str__(self) -> str:
-        return (
+        row = (
             f"sm_{self.architecture:<5}{self.name:<58}{self.registers:>4} regs {self.stack:>4} B stack "
-            f"{self.spills:>4} B spilled {self.shared:>6} B shared {self.tensor_core:>5} tensor-core, "
-            f"{self.ldmatrix:>4} ldmatrix"
+            f"{self.spills:>4} B spilled {self.shared:>6} B shared {self.warps:>3} warps/SM "
+            f"{self.tensor_core:>5} tensor-core, {self.ldmatrix:>4} ldmatrix"
         )
+        return "\n".join([row, *self.loops])
 
 
 def compile_source(source: Path, architecture: str) -> list[Compiled]:
@@ -105,23 +113,42 @@ def _rows(architecture: str, log: str, code: dict[str, str]) -> list[Compiled]:
     reports = dict(zip(parts[1::2], parts[2::2], strict=True))
     if reports.keys() != code.keys():
         raise RuntimeError(f"ptxas reports {sorted(reports)}, the machine code has {sorted(code)}")
+    names = _short_names(list(reports))
+    return [
+        _row(architecture, name, reports[x], code[x]) for x, name in zip(reports, names, strict=True)
+    ]
 
-    def number(pattern: str, report: str) -> int:
+
+def _row(architecture: str, name: str, report: str, listing: str) -> Compiled:
+    def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, report)))
 
-    return [
-        Compiled(
-            architecture,
-            name,
-            registers=number(r"Used (\d+) registers", reports[mangled]),
-            stack=number(r"(\d+) bytes stack frame", reports[mangled]),
-            spills=number(r"(\d+) bytes spill (?:stores|loads)", reports[mangled]),
-            shared=number(r"(\d+) bytes smem", reports[mangled]),
-            tensor_core=len(re.findall(_TENSOR_CORE, code[mangled])),
-            ldmatrix=len(re.findall(r"\bLDSM\b", code[mangled])),
-        )
-        for mangled, name in zip(reports, _short_names(list(reports)), strict=True)
-    ]
+    generation, registers = _generation(architecture), number(r"Used (\d+) registers")
+    code = machine_code.instructions(listing)
+    hot = name.startswith(MULTIPLY) and generation in machine_code.RATES
+    return Compiled(
+        architecture,
+        name,
+        registers=registers,
+        stack=number(r"(\d+) bytes stack frame"),
+        spills=number(r"(\d+) bytes spill (?:stores|loads)"),
+        shared=number(r"(\d+) bytes smem"),
+        warps=machine_code.resident_warps(generation, registers, BLOCK_WARPS),
+        tensor_core=sum(x.kind == "tensor" for x in code),
+        ldmatrix=sum(x.opcode.startswith("LDSM") for x in code),
+        loops=tuple(machine_code.loop_lines(machine_code.hot_loops(code, generation))) if hot else (),
+    )
+
+
+def _generation(architecture: str) -> int:
+    return int(architecture.rstrip("af"))
+
+
+def compiler() -> str:
+    """Its name and version."""
+    command = [find_nvcc() or "nvcc", "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return f"nvcc {re.findall(r'V[0-9.]+', text)[-1]}"
 
 
 def _short_names(mangled: list[str]) -> list[str]:
@@ -158,24 +185,32 @@ def faults(row: Compiled) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table for the architectures named (all if none); 1 if any row is at fault."""
+    """Print the table; 1 if any row is at fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cubin", description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--update", action="store_true", help="write the committed bounds anew")
+    options = parser.parse_args(arguments)
+    if unknown := [x for x in options.architectures if _generation(x) not in machine_code.SHARED_MEMORY]:
+        parser.error(f"expected architectures of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     status = 0
-    for architecture in arguments or ARCHITECTURES:
+    for architecture in options.architectures:
         try:
             rows = compile_all(architecture)
         except RuntimeError as error:
             print(f"sm_{architecture}  <- {error}", flush=True)
             status = 1
             continue
-        marked = [(str(row), faults(row)) for row in rows]
+        table = [(str(row), faults(row)) for row in rows]
         missing = set(MULTIPLY) - {row.kernel for row in rows}
-        marked += [(f"sm_{architecture:<5}{kernel}", ["no such kernel"]) for kernel in sorted(missing)]
-        lines = ["  <- ".join([text, *wrong]) for text, wrong in marked]
-        table = ROOT / "build" / "aot" / f"cuda_sm_{architecture}.txt"
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text("\n".join([*lines, ""]))
-        print(*lines, sep="\n", flush=True)
-        status |= any(wrong for _, wrong in marked)
+        table += [(f"sm_{architecture:<5}{kernel}", ["no such kernel"]) for kernel in sorted(missing)]
+        committed = bounds_file.FOLDER / f"cuda_sm_{architecture}.txt"
+        command = f"python -m tests.cubin --update {architecture}"
+        text, wrong = bounds_file.settle(table, committed, compiler(), command, options.update)
+        status |= wrong
+        printed = ROOT / "build" / "aot" / f"cuda_sm_{architecture}.txt"
+        printed.parent.mkdir(parents=True, exist_ok=True)
+        printed.write_text(text)
+        print(text, end="", flush=True)
     return status
 
 

@@ -1,4 +1,7 @@
-"""Every configuration compiles for three GPU generations: unspilled, on tensor cores."""
+"""Every configuration compiles for three GPU generations: unspilled, on tensor cores.
+
+Nor is a bound worse than those of `tests/bounds/`, as far as that compiler's are committed.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+from . import bounds_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,5 +33,9 @@ def test_every_configuration_compiles_clean(capability: int) -> None:
     table = ROOT / "build" / "aot" / f"sm_{capability}.txt"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(result.stdout)
-    assert result.returncode == 0, [row for row in result.stdout.splitlines() if "<-" in row] or result
-    assert len(result.stdout.splitlines()) > 100
+    marked = "\n".join(row for row in result.stdout.splitlines() if "<-" in row)
+    assert result.returncode == 0, marked or result.stderr
+    *rows, last = result.stdout.splitlines()
+    assert len(rows) > 100
+    if last.startswith(bounds_file.NOT_COMPARED):
+        pytest.skip(f"{last}; everything else passed")

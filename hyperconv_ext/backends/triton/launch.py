@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +54,50 @@ def _strides(tensor: Tensor) -> tuple[tuple[int, int, int, int], int]:
     return (batch, depth, height, width), channel
 
 
+_TAPS = 16  # per program and step of an MLP: the smallest side of a product
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A coordinate MLP as the kernels take it."""
+
+    operands: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]  # coordinates, weights, biases
+    activation: str
+
+    @classmethod
+    def of(
+        cls,
+        coordinates: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: str,
+    ) -> _Network:
+        kernels = tuple([weight.contiguous() for weight in weights])
+        offsets = tuple([bias.contiguous() for bias in biases])
+        return cls((coordinates.contiguous(), kernels, offsets), activation)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """(D, features of every layer)."""
+        coordinates, weights, _ = self.operands
+        return (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+
+    @property
+    def block(self) -> int:
+        """The widest layer as a power of two that the kernels can multiply."""
+        return max(16, 1 << (max(self.widths) - 1).bit_length())
+
+    @property
+    def warps(self) -> int:
+        """At 64 wide, 4 warps have too few registers for the products."""
+        return max(4, self.block // 8)
+
+    @property
+    def programs(self) -> int:
+        """Programs that evaluate all taps once."""
+        return -(-self.operands[0].shape[0] // _TAPS)
+
+
 @dataclass(frozen=True)
 class _Workspace:
     """What one `prepare` launch wrote: the row map, and what the kernel at hand needs beside it."""
@@ -62,17 +107,18 @@ class _Workspace:
     patch_size: int
     bands: Tensor | None  # [bands, R, positions, patch_size]
     packed: Tensor | None  # [groups, R, in, out]; direct: [groups, in, out, padded R]
+    basis: Tensor | None  # float32 [R, K], if an MLP computed it
 
 
 def _prepare(
     plan: Plan,
     lattice: Lattice,
-    basis: Tensor | None,
+    basis: Tensor | _Network | None,
     coefficients: Tensor | None,
     transposed: bool,
     like: Tensor,
 ) -> _Workspace:
-    """Launch `prepare_kernel`.
+    """Launch `prepare_kernel`. Without a basis it writes no bands.
 
     `transposed` swaps the coefficients' (in, out) channels; `like` gives dtype and device.
     """
@@ -83,13 +129,17 @@ def _prepare(
     band_block = _BAND if patch_size % _BAND == 0 else PATCH_GRANULE
     rows = like.new_empty(HEADER.value + 4 * lattice.phases, dtype=torch.int32)
     table = like.new_empty((3, patch_size), dtype=torch.int32)
-    bands = packed = None
+    bands = packed = given = network = computed = None
     band_programs = pack_programs = 0
     if basis is not None:
         shape = (lattice.bands, rank, tile.positions, patch_size)
         bands = like.new_empty(shape, dtype=torch.float32 if direct else like.dtype)
-        basis = basis.contiguous()
         band_programs = lattice.bands * rank * (patch_size // band_block)
+    if isinstance(basis, _Network):
+        network = basis
+        computed = like.new_empty((rank, problem.geometry.taps), dtype=torch.float32)
+    elif basis is not None:
+        given = basis.contiguous()
     sizes = (0, 0, 0)
     source = target = (0, 0, 0, 0)
     if coefficients is not None:
@@ -109,16 +159,20 @@ def _prepare(
             target = (packed_rank * plane, 1, size_o * packed_rank, packed_rank)
         pack_programs = groups * packed_rank * -(-size_i // _PACK) * -(-size_o // _PACK)
     row_programs = round_up(max(lattice.phases, patch_size), _BAND) // _BAND
+    tap_programs = network.programs if network else 0
     launch(
         prepare_kernel,
-        band_programs + row_programs + pack_programs,
-        basis,
+        tap_programs + band_programs + row_programs + pack_programs,
+        given,
+        network.operands if network else None,
+        computed,
         bands,
         rows,
         table,
         coefficients,
         packed,
         lattice.axes,
+        tap_programs,
         band_programs,
         row_programs,
         rank,
@@ -126,13 +180,17 @@ def _prepare(
         source,
         target,
         sizes,
+        widths=network.widths if network else (),
+        activation=network.activation if network else "",
         TP=tile.positions,
         BB=band_block,
         BL=_BAND,
         BP=_PACK,
-        num_warps=4,
+        BW=network.block if network else 0,
+        BK=_TAPS,
+        num_warps=network.warps if network else 4,
     )
-    return _Workspace(rows, table, patch_size, bands, packed)
+    return _Workspace(rows, table, patch_size, bands, packed, computed)
 
 
 def _precision(tile: Tile) -> str:
@@ -157,14 +215,17 @@ def _convolve(
     plan: Plan,
     source: Tensor,
     coefficients: Tensor,
-    basis: Tensor,
+    basis: Tensor | _Network,
     bias: Tensor | None,
-    output: Tensor,
-    transposed: bool,
-) -> Tensor:
-    """Both `basis_conv_fwd` and `basis_conv_bwd_input` (`transposed`), by the planned algorithm."""
+) -> tuple[Tensor, Tensor | None]:
+    """(`basis_conv_fwd` or `basis_conv_bwd_input` by the planned algorithm, phi if computed)."""
     problem, tile = plan.problem, plan.tile
-    groups = problem.geometry.groups
+    geometry, groups = problem.geometry, problem.geometry.groups
+    transposed = problem.op == "basis_conv_bwd_input"
+    if transposed:
+        output = new_activation(source, problem.in_channels, geometry.input_size)
+    else:
+        output = new_activation(source, problem.out_channels, geometry.output_size)
     lattice = lattice_of(problem, tile)
     workspace = _prepare(plan, lattice, basis, coefficients, transposed, source)
     size_i, size_o = source.shape[1] // groups, output.shape[1] // groups
@@ -218,25 +279,37 @@ def _convolve(
             RESIDENT=tile.resident,
             **_options(tile),
         )
-    return output
+    return output, workspace.basis
 
 
 def basis_conv_fwd(
     plan: Plan, input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:
     """y `[B, C_out, *S']`."""
-    problem = plan.problem
-    output = new_activation(input, problem.out_channels, problem.geometry.output_size)
-    return _convolve(plan, input, coefficients, basis, bias, output, transposed=False)
+    return _convolve(plan, input, coefficients, basis, bias)[0]
 
 
 def basis_conv_bwd_input(
     plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
-    problem = plan.problem
-    output = new_activation(grad, problem.in_channels, problem.geometry.input_size)
-    return _convolve(plan, grad, coefficients, basis, bias, output, transposed=True)
+    return _convolve(plan, grad, coefficients, basis, bias)[0]
+
+
+def hyper_conv_fwd(
+    plan: Plan,
+    input: Tensor,
+    coefficients: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(the result of the plan's operator, phi `[R, K]` in float32): two launches."""
+    network = _Network.of(coordinates, weights, biases, activation)
+    output, basis = _convolve(plan, input, coefficients, network, bias)
+    return output, cast("Tensor", basis)
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
@@ -323,15 +396,6 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     return total(partial).view(rank, *geometry.kernel_size)
 
 
-_MLP_TAPS = 16  # taps per program and step: the smallest side of a product
-
-
-def _mlp_widths(coordinates: Tensor, weights: list[Tensor]) -> tuple[tuple[int, ...], int]:
-    """(layer widths, their maximum as a power of two the kernels can multiply)."""
-    widths = (coordinates.shape[1], *(weight.shape[0] for weight in weights))
-    return widths, max(16, 1 << (max(widths) - 1).bit_length())
-
-
 def coordinate_mlp_fwd(
     coordinates: Tensor,
     weights: list[Tensor],
@@ -340,23 +404,21 @@ def coordinate_mlp_fwd(
     constant: bool,
 ) -> Tensor:
     """phi, float32 `[R, K]`, in one launch."""
+    network = _Network.of(coordinates, weights, biases, activation)
     taps = coordinates.shape[0]
-    widths, block = _mlp_widths(coordinates, weights)
-    basis = coordinates.new_empty((widths[-1] + constant, taps), dtype=torch.float32)
+    basis = coordinates.new_empty((network.widths[-1] + constant, taps), dtype=torch.float32)
     launch(
         mlp_kernel,
-        -(-taps // _MLP_TAPS),
-        coordinates.contiguous(),
-        tuple(weight.contiguous() for weight in weights),
-        tuple(bias.contiguous() for bias in biases),
+        network.programs,
+        network.operands,
         basis,
         taps,
-        widths,
+        network.widths,
         activation,
         CONSTANT=constant,
-        BW=block,
-        BK=_MLP_TAPS,
-        num_warps=max(4, block // 8),  # at 64 wide, 4 warps have too few registers for the products
+        BW=network.block,
+        BK=_TAPS,
+        num_warps=network.warps,
     )
     return basis
 
@@ -369,22 +431,20 @@ def coordinate_mlp_bwd(
     activation: str,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, in one launch."""
-    widths, block = _mlp_widths(coordinates, weights)
+    network = _Network.of(coordinates, weights, biases, activation)
     gradients = [tensor.new_empty(tensor.shape) for tensor in (*weights, *biases)]
     launch(
         mlp_backward_kernel,
         len(weights),
         grad.contiguous(),
-        coordinates.contiguous(),
-        tuple(weight.contiguous() for weight in weights),
-        tuple(bias.contiguous() for bias in biases),
+        *network.operands,
         tuple(gradients[: len(weights)]),
         tuple(gradients[len(weights) :]),
         coordinates.shape[0],
-        widths,
+        network.widths,
         activation,
-        BW=block,
-        BK=_MLP_TAPS,
-        num_warps=max(4, block // 8),  # at 64 wide, 4 warps have too few registers for the products
+        BW=network.block,
+        BK=_TAPS,
+        num_warps=network.warps,
     )
     return gradients

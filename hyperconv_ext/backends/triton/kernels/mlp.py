@@ -91,11 +91,17 @@ def _layer(
     return hidden, h
 
 
+@triton.jit
+def evaluate(mlp, k, taps, widths: tl.constexpr, activation: tl.constexpr, BW: tl.constexpr):
+    """Features [BK, BW] at taps `k` of an MLP (coordinates, weights, biases)."""
+    depth: tl.constexpr = len(widths) - 2
+    _, h = _layer(mlp[0], mlp[1], mlp[2], k, taps, widths, depth, activation, BW)
+    return _activate(h, activation)
+
+
 @triton.jit(do_not_specialize=["taps"])
 def mlp_kernel(
-    coordinates,  # [K, D]
-    weights,  # per layer [features, previous features]
-    biases,  # per layer [features]
+    mlp,  # coordinates [K, D], per layer weights [features, previous features] and biases [features]
     basis,  # float32 [R, K]
     taps,
     widths: tl.constexpr,
@@ -106,12 +112,11 @@ def mlp_kernel(
 ):
     """basis[n, k] = feature n at tap k; one more row of ones if CONSTANT."""
     k = tl.program_id(0) * BK + tl.arange(0, BK)
-    depth: tl.constexpr = len(widths) - 2
-    features: tl.constexpr = widths[depth + 1]
-    _, h = _layer(coordinates, weights, biases, k, taps, widths, depth, activation, BW)
+    features: tl.constexpr = widths[len(widths) - 1]
+    phi = evaluate(mlp, k, taps, widths, activation, BW)
     n = tl.arange(0, BW)
     valid = (k < taps)[:, None] & (n < features)[None, :]
-    tl.store(basis + n[None, :] * taps + k[:, None], _activate(h, activation), mask=valid)
+    tl.store(basis + n[None, :] * taps + k[:, None], phi, mask=valid)
     if CONSTANT:
         ones = tl.full((BK,), 1.0, dtype=tl.float32)
         tl.store(basis + features * taps + k, ones, mask=k < taps)

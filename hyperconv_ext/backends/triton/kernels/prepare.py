@@ -1,10 +1,15 @@
-"""One small launch before each kernel: banded matrices, row map, coefficients in their order."""
+"""One small launch before each kernel: banded matrices, row map, coefficients in their order.
+
+phi is read, or the coordinate MLP is evaluated here: a program does so at a few taps and writes their
+phi wherever the bands meet them, while others write the zeros between. No element has two writers.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .mlp import evaluate
 from .rows import HEADER
 
 
@@ -32,8 +37,18 @@ def _tap(axis, residue, l, t):
 
 
 @triton.jit
+def _position(axis, residue, tap):
+    """The inverse of `_tap` at t = 0: where in the patch it meets `tap`; -1 for nowhere."""
+    num, tap0 = _first_tap(axis, residue)
+    offset = tap - axis.first - tap0
+    j = offset // axis.tap_step
+    meets = (j * axis.tap_step == offset) & (j >= 0) & (j < axis.taps) & (num % axis.divisor == 0)
+    return tl.where(meets, j, -1)
+
+
+@triton.jit
 def _write_band(basis, bands, axes, pid, rank, patch_size, TP: tl.constexpr, BB: tl.constexpr):
-    """bands[band, r, t, l] = phi_r(tap at (l, t)): one [TP, BB] block."""
+    """bands[band, r, t, l] = phi_r(tap at (l, t)): one [TP, BB] block; without phi its zeros alone."""
     chunks = patch_size // BB
     l = (pid % chunks) * BB + tl.arange(0, BB)
     r = (pid // chunks) % rank
@@ -62,10 +77,61 @@ def _write_band(basis, bands, axes, pid, rank, patch_size, TP: tl.constexpr, BB:
     )
     k = (d * axes[1].kernel + h) * axes[2].kernel + w
     meets = (d >= 0) & (h >= 0) & (w >= 0)
-    taps = axes[0].kernel * axes[1].kernel * axes[2].kernel
-    value = tl.load(basis + r * taps + k, mask=meets, other=0.0)
     address = ((band * rank + r).to(tl.int64) * TP + t[:, None]) * patch_size + l[None, :]
-    tl.store(bands + address, value.to(bands.dtype.element_ty))
+    if basis is None:
+        zeros = tl.zeros((TP, BB), dtype=bands.dtype.element_ty)
+        tl.store(bands + address, zeros, mask=meets == 0)
+    else:
+        taps = axes[0].kernel * axes[1].kernel * axes[2].kernel
+        value = tl.load(basis + r * taps + k, mask=meets, other=0.0)
+        tl.store(bands + address, value.to(bands.dtype.element_ty))
+
+
+@triton.jit
+def _write_taps(
+    mlp,
+    computed,
+    bands,
+    axes,
+    pid,
+    rank,
+    patch_size,
+    widths: tl.constexpr,
+    activation: tl.constexpr,
+    TP: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """phi of the MLP at BK taps: into `computed` [R, K], and into the bands where they meet the taps."""
+    taps = axes[0].kernel * axes[1].kernel * axes[2].kernel
+    k = pid * BK + tl.arange(0, BK)
+    n = tl.arange(0, BW)
+    features: tl.constexpr = widths[len(widths) - 1]
+    phi = evaluate(mlp, k, taps, widths, activation, BW)  # [BK, BW]
+    present = (k < taps)[:, None] & (n < features)[None, :]
+    constant = k < tl.where(rank > features, taps, 0)
+    tl.store(computed + n[None, :] * taps + k[:, None], phi, mask=present)
+    ones = tl.full((BK,), 1.0, dtype=tl.float32)
+    tl.store(computed + features * taps + k, ones, mask=constant)
+    phi = phi.to(bands.dtype.element_ty)
+    ones = ones.to(bands.dtype.element_ty)
+    k_outer = k // axes[2].kernel
+    for band in range(axes[0].modulus * axes[1].modulus * axes[2].modulus):
+        band_outer = band // axes[2].modulus
+        w = _position(axes[2], band % axes[2].modulus, k % axes[2].kernel)
+        h = _position(axes[1], band_outer % axes[1].modulus, k_outer % axes[1].kernel)
+        d = _position(axes[0], band_outer // axes[1].modulus, k_outer // axes[1].kernel)
+        meets = (d >= 0) & (h >= 0) & (w >= 0)
+        for t in range(TP):
+            t_outer = t // axes[2].tile
+            l = d + axes[0].stride * (t_outer // axes[1].tile)
+            l = l * axes[1].patch + h + axes[1].stride * (t_outer % axes[1].tile)
+            l = l * axes[2].patch + w + axes[2].stride * (t % axes[2].tile)
+            row = (band * rank + n).to(tl.int64) * TP + t
+            address = row[None, :] * patch_size + l[:, None]
+            tl.store(bands + address, phi, mask=present & meets[:, None])
+            last = (band * rank + features) * TP + t
+            tl.store(bands + tl.cast(last, tl.int64) * patch_size + l, ones, mask=constant & meets)
 
 
 @triton.jit
@@ -138,6 +204,7 @@ def _write_coefficients(coefficients, packed, source, target, pid, sizes, rank, 
 
 @triton.jit(
     do_not_specialize=[
+        "tap_programs",
         "band_programs",
         "row_programs",
         "rank",
@@ -145,13 +212,16 @@ def _write_coefficients(coefficients, packed, source, target, pid, sizes, rank, 
     ]
 )
 def prepare_kernel(
-    basis,  # [R, K] or None
+    basis,  # [R, K]; None if an MLP computes it
+    mlp,  # (coordinates [K, D], weights, biases), or None
+    computed,  # [R, K] or None
     bands,  # [bands, R, TP, patch_size] or None
     rows,  # int32 [HEADER + 4 * phases]
     table,  # int32 [3, patch_size]
     coefficients,  # any strides, or None
     packed,  # coefficients in the kernel's order, or None
     axes,
+    tap_programs,
     band_programs,
     row_programs,
     rank,
@@ -159,26 +229,27 @@ def prepare_kernel(
     source,
     target,
     sizes,
+    widths: tl.constexpr,
+    activation: tl.constexpr,
     TP: tl.constexpr,
     BB: tl.constexpr,
     BL: tl.constexpr,
     BP: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Programs [0, band_programs) write bands, the next row_programs the row map, the rest pack."""
+    """`tap_programs` evaluate the MLP, the next write bands, the next the row map, the rest pack."""
     pid = tl.program_id(0)
-    if pid < band_programs:
+    if pid < tap_programs:
+        if mlp is not None:
+            _write_taps(
+                mlp, computed, bands, axes, pid, rank, patch_size, widths, activation, TP, BW, BK
+            )
+    elif pid < tap_programs + band_programs:
         if bands is not None:
-            _write_band(basis, bands, axes, pid, rank, patch_size, TP, BB)
-    elif pid < band_programs + row_programs:
-        _write_rows(rows, table, axes, pid - band_programs, patch_size, BL)
+            _write_band(basis, bands, axes, pid - tap_programs, rank, patch_size, TP, BB)
+    elif pid < tap_programs + band_programs + row_programs:
+        _write_rows(rows, table, axes, pid - tap_programs - band_programs, patch_size, BL)
     elif packed is not None:
-        _write_coefficients(
-            coefficients,
-            packed,
-            source,
-            target,
-            pid - band_programs - row_programs,
-            sizes,
-            rank,
-            BP,
-        )
+        first = tap_programs + band_programs + row_programs
+        _write_coefficients(coefficients, packed, source, target, pid - first, sizes, rank, BP)

@@ -1,0 +1,219 @@
+"""From the MLP to the output in one operator: the same numbers as its parts, to the bit."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d, functional, ops
+from hyperconv_ext.backends.reference import ACTIVATIONS
+from hyperconv_ext.hypernet import tap_coordinates
+
+from .conftest import FUSED, dtypes_of, precision_of_the_framework
+from .oracle import CASES, Case, draw, lay_out, relative_error
+
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
+WIDTHS = (7, 5)  # of the hidden layers
+# The rows whose tap maps differ: even and odd, strided, dilated, grouped, more functions than features.
+TRITON_CASES = ("3x3", "even kernel, same", "dilation 3", "groups", "rank beyond taps")
+
+
+def _network(features: int, dims: int, dtype: torch.dtype, device) -> tuple[list[Tensor], list[Tensor]]:
+    widths = (dims, *WIDTHS, features)
+    weights = [torch.randn(b, a, device=device).to(dtype) for a, b in pairwise(widths)]
+    return weights, [torch.randn(width, device=device).to(dtype) for width in widths[1:]]
+
+
+def _cases() -> list[tuple[str, Case]]:
+    rows = [(backend, case) for backend in FUSED for case in CASES]
+    return [row for row in rows if row[0] != "triton" or row[1].name in TRITON_CASES]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("backend", "case"), _cases(), ids=str)
+def test_equals_its_parts(backend: str, case: Case, transposed: bool, device, poisoned) -> None:
+    """All geometries and dtypes, with and without the constant function, forward and transposed."""
+    if transposed and case.padding == "same":
+        pytest.skip("a transposed convolution has no 'same'")
+    constant = case.rank > 1
+    taps = tap_coordinates(case.kernel, device=device)
+    for dtype in dtypes_of(backend, device):
+        input, coefficients, _, _ = draw(case, dtype, device)
+        if transposed:  # A is [C_in, C_out/groups, R]
+            input = input[:, :1].expand(-1, case.out_channels, -1, -1)
+        input = lay_out(input, "channels_last")
+        network = _network(case.rank - constant, 2, dtype, device)
+        basis = ops.coordinate_mlp(taps, *network, "tanh", constant, backend)
+        given = (input, coefficients, basis.view(-1, *case.kernel), None)
+        if transposed:
+            spaces = (case.stride, case.padding, 0, case.groups, case.dilation)
+            expected = functional.basis_conv_transpose2d(*given, *spaces, backend=backend)
+        else:
+            expected = functional.basis_conv2d(*given, *case.arguments, backend=backend)
+        convolution = functional.hyper_conv_transpose2d if transposed else functional.hyper_conv2d
+        arguments = spaces if transposed else case.arguments
+        actual = convolution(
+            input,
+            coefficients,
+            *network,
+            case.kernel,
+            None,
+            *arguments,
+            activation="tanh",
+            coordinates=taps,
+            backend=backend,
+        )
+        assert torch.equal(actual, expected)
+
+
+@every_fused_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_phi(backend: str, activation: str, device, poisoned) -> None:
+    """The operator's second result, of every activation."""
+    layer = HyperConv2d(3, 4, (3, 4), activation=activation, backend=backend, device=device)
+    _, basis = _operator(layer, torch.randn(1, 3, 6, 7, device=device))
+    expected = layer.basis().flatten(1)
+    assert torch.equal(basis, expected) and basis.shape == (5, 12)
+
+
+def _operator(layer: HyperConv2d, input: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.hyperconv_ext.hyper_conv_fwd(*_operands(layer, input))
+
+
+def _operands(layer: HyperConv2d, input: Tensor) -> tuple[object, ...]:
+    _, g = layer.geometry(input)
+    coordinates, weights, biases, activation = layer.hypernet.operator(layer.taps)
+    lists = (g.input_size, g.output_size, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
+    tensors = (input, layer.coefficients, coordinates, weights, biases, layer.bias)
+    return (*tensors, activation, layer.transposed, *lists, layer.backend, "auto")
+
+
+def _gradients(layer, input: Tensor, second: bool) -> list[Tensor]:
+    leaves = (input, *layer.parameters())
+    output = layer(input)
+    first = torch.autograd.grad(output.square().sum(), leaves, create_graph=second)
+    if not second:
+        return [output, *first]
+    total = sum((gradient.square().sum() for gradient in first), torch.zeros((), device=input.device))
+    return list(torch.autograd.grad(total, leaves))
+
+
+def _layers() -> list[tuple[str, type, bool]]:
+    """Second derivatives in Triton's interpreter of the one-dimensional layer alone."""
+    kinds = (HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d)
+    rows = [(backend, kind, second) for backend in FUSED for kind in kinds for second in (False, True)]
+    return [row for row in rows if row[0] != "triton" or row[1] is HyperConv1d or not row[2]]
+
+
+@pytest.mark.parametrize(("backend", "kind", "second"), _layers())
+def test_gradients(backend: str, kind, second: bool, device) -> None:
+    """Within a few times the error of building W in float32."""
+    layer = kind(3, 4, 3, stride=2, activation="tanh", backend=backend, device=device)
+    input = torch.randn(2, 3, *(5, 4, 6)[: layer.dims], device=device, requires_grad=True)
+    assert type(layer(input).grad_fn).__name__ == "HyperConvFunctionBackward"
+    twin = kind(3, 4, 3, stride=2, activation="tanh", backend="reference", device=device)
+    twin.load_state_dict(layer.state_dict())
+    with precision_of_the_framework(device):
+        actual, own = _gradients(layer, input, second), _gradients(twin, input, second)
+    truth = _gradients(twin.double(), input.detach().double().requires_grad_(), second)
+    for number, (ours, theirs, exact) in enumerate(zip(actual, own, truth, strict=True)):
+        allowed = 4 * relative_error(theirs, exact) + 2.0**-21
+        assert relative_error(ours, exact) <= allowed, f"tensor {number}"
+
+
+@every_fused_backend
+def test_opcheck(backend: str, device) -> None:
+    layer = HyperConv2d(3, 4, (3, 2), activation="tanh", backend=backend, device=device)
+    input = torch.randn(1, 3, 5, 6, device=device, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.hyperconv_ext.hyper_conv_fwd.default, _operands(layer, input), atol=1e-2, rtol=1e-2
+    )
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@every_fused_backend
+def test_whoever_watches_sees_the_operator(backend: str, device) -> None:
+    """Plain tensors bypass the dispatcher, but not while a mode is active; the results are the same."""
+    layer = HyperConv2d(3, 4, 3, backend=backend, device=device)
+    input = torch.randn(1, 3, 6, 7, device=device, requires_grad=True)
+    expected = _gradients(layer, input, False)
+    with _Log() as log:
+        actual = _gradients(layer, input, False)
+    seen = [name.split(".")[1] for name in log.names if name.startswith("hyperconv_ext.")]
+    assert seen == [
+        "hyper_conv_fwd",
+        "basis_conv_bwd_input",
+        "basis_conv_bwd_coeff",
+        "basis_conv_bwd_basis",
+        "coordinate_mlp_bwd",
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_fused_backend
+def test_under_inference_mode(backend: str, device) -> None:
+    layer = HyperConv2d(3, 4, 3, backend=backend, device=device)
+    input = torch.randn(1, 3, 6, 7, device=device)
+    with torch.inference_mode():
+        inferred = layer(input)
+    assert torch.equal(inferred, layer(input).detach())
+
+
+@every_fused_backend
+def test_parameters_of_another_dtype(backend: str, device) -> None:
+    """The MLP in float32, all else in half precision."""
+    dtype = torch.float16
+    layer = HyperConv2d(3, 4, 3, backend=backend, device=device, dtype=dtype)
+    input = torch.randn(1, 3, 6, 7, device=device, dtype=dtype)
+    same = layer(input)
+    layer.hypernet.float()
+    assert torch.equal(layer(input), same)  # the same numbers, held in float32
+    assert layer.hypernet.layers[0].weight.dtype == torch.float32
+
+
+def test_coordinates_of_ones_own(device) -> None:
+    weights, biases = _network(4, 2, torch.float32, device)
+    input, coefficients = torch.randn(1, 3, 6, 7, device=device), torch.randn(5, 3, 5, device=device)
+    arguments = (input, coefficients, weights, biases, (3, 2))
+    taps = tap_coordinates((3, 2), "unit", device)
+    named = functional.hyper_conv2d(*arguments, coordinates="unit")
+    assert torch.equal(functional.hyper_conv2d(*arguments, coordinates=taps), named)
+    assert not torch.equal(functional.hyper_conv2d(*arguments, coordinates=2 * taps), named)
+    with pytest.raises(ValueError, match=r"coordinates: expected \[6, 2\].*got \[5, 2\]"):
+        functional.hyper_conv2d(*arguments, coordinates=taps[1:])
+    with pytest.raises(TypeError, match=r"coordinates: expected float32.*got torch.int64"):
+        functional.hyper_conv2d(*arguments, coordinates=taps.long())
+
+
+def test_gradient_of_the_coordinates(device) -> None:
+    """No kernel has it: the parts are composed, and PyTorch gives it."""
+    weights, biases = _network(4, 2, torch.float32, device)
+    input, coefficients = torch.randn(1, 3, 6, 7, device=device), torch.randn(5, 3, 5, device=device)
+
+    def gradient(backend: str) -> Tensor:
+        taps = tap_coordinates((3, 2), "unit", device).requires_grad_()
+        arguments = (input, coefficients, weights, biases, (3, 2))
+        output = functional.hyper_conv2d(
+            *arguments, activation="tanh", coordinates=taps, backend=backend
+        )
+        return torch.autograd.grad(output.square().sum(), taps)[0]
+
+    truth = gradient("reference").double()
+    assert truth.any()
+    for backend in FUSED:
+        assert relative_error(gradient(backend), truth) < 2.0**-7
+        assert not math.isnan(gradient(backend).sum().item())

@@ -1,0 +1,154 @@
+"""What a layer costs besides its kernels: how many launches, and the host's time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
+
+from .conftest import FUSED
+
+every_fused_backend = pytest.mark.parametrize("backend", FUSED)
+# Operators of PyTorch that launch nothing.
+_FREE = {
+    "detach",
+    "empty",
+    "expand",
+    "new_empty",
+    "permute",
+    "select",
+    "t",
+    "unsqueeze",
+    "view",
+    "alias",
+}
+# Seconds of host time that a forward pass may take beyond that of nn.Conv2d.
+_HOST_LIMIT = 25e-6
+
+
+class _Library(TorchDispatchMode):
+    """Counts the operators of PyTorch itself that would launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name, _ = str(function).split(".")
+        before = [argument for argument in args if isinstance(argument, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        same = any(result is argument for argument in before)
+        if namespace == "aten" and name not in _FREE and not same:
+            self.names.append(name)
+        return result
+
+
+def _own_launches(backend: str, work: Callable[[], object]) -> int:
+    if backend == "cuda":
+        count = ctypes.CDLL(os.environ["HYPERCONV_CUDA_LIBRARY"]).hyperconv_host_launches
+        count.restype = ctypes.c_uint64
+        before = count()
+        work()
+        return count() - before
+    from hyperconv_ext.backends.triton import launch
+
+    with mock.patch.object(launch, "launch", side_effect=launch.launch) as launched:
+        work()
+    return launched.call_count
+
+
+def launches(backend: str, work: Callable[[], object]) -> tuple[int, list[str]]:
+    """(launches of the backend's kernels, PyTorch's operators that launch); on a GPU all in one list."""
+    work()  # what happens once is not counted
+    if torch.cuda.is_available():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize()
+        return 0, [event.name for event in profile.events()]
+    with _Library() as log:
+        work()
+    return _own_launches(backend, work), log.names
+
+
+@every_fused_backend
+@pytest.mark.parametrize("kind", [HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d])
+def test_a_forward_pass_is_two_launches(kind, backend: str, device) -> None:
+    layer = kind(3, 4, 3, backend=backend, device=device)
+    input = torch.randn(2, 3, *(5, 4, 6)[: layer.dims], device=device)
+    own, names = launches(backend, lambda: layer(input))
+    assert own + len(names) == 2, names
+
+
+@every_fused_backend
+def test_launches_of_a_training_step(backend: str, device) -> None:
+    """Forward 2; two for each of three gradients, one for the MLP's; sums over the bias and shares."""
+    layer = HyperConv2d(16, 16, 5, padding=2, backend=backend, device=device)
+    input = torch.randn(2, 16, 9, 9, device=device).contiguous(memory_format=torch.channels_last)
+    input.requires_grad_()
+    grad = torch.randn_like(input)
+    leaves = (input, *layer.parameters())
+    own, names = launches(backend, lambda: torch.autograd.grad(layer(input), leaves, grad))
+    assert own + len(names) <= 2 + 3 * 2 + 1 + 3, names
+    if not torch.cuda.is_available():
+        assert own == 9 and set(names) <= {"sum"}
+
+
+def _host_seconds(works: list[Callable[[], object]]) -> list[float]:
+    """The least time until a call returns, of each work, in turns so that all meet the same machine."""
+    best = [float("inf")] * len(works)
+    for _ in range(100):
+        for number, work in enumerate(works):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                work()
+            best[number] = min(best[number], (time.perf_counter() - start) / 20)
+    return best
+
+
+@pytest.mark.skipif("cuda" not in FUSED, reason="the CUDA C++ kernels are not here")
+@pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
+def test_host_time_of_a_forward_pass(recording: bool, device, record_property) -> None:
+    """Where the host executes the kernels they are only counted: all else is what a GPU's host does."""
+    sizes = (16, 16, 3)
+    input = torch.randn(1, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    input.requires_grad_(recording)
+    layers = [
+        torch.nn.Conv2d(*sizes, padding=1, device=device),
+        HyperConv2d(*sizes, padding=1, backend="cuda", device=device),
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            mock.patch.dict(os.environ, {"HYPERCONV_HOST_EXECUTE": "0"}),
+            torch.set_grad_enabled(recording),
+        ):
+            dense, own = _host_seconds([lambda layer=layer: layer(input) for layer in layers])
+    finally:
+        torch.set_num_threads(threads)
+    record_property("host_seconds", {"nn.Conv2d": dense, "HyperConv2d": own})
+    assert own - dense < _HOST_LIMIT, f"{own * 1e6:.1f} us against {dense * 1e6:.1f} us"
+
+
+@pytest.mark.skipif("cuda" not in FUSED, reason="the CUDA C++ kernels are not here")
+def test_the_host_executes_unless_told_not_to(device) -> None:
+    if device.type == "cuda":
+        pytest.skip("the kernels run on the GPU")
+    layer = HyperConv2d(3, 4, 3, backend="cuda", padding=1)
+    with torch.no_grad():
+        layer.bias.fill_(7)
+        layer.coefficients.zero_()
+        assert (layer(torch.randn(1, 3, 5, 5)) == 7).all()
+        with mock.patch.dict(os.environ, {"HYPERCONV_HOST_EXECUTE": "0"}):
+            own = _own_launches("cuda", lambda: layer(torch.randn(1, 3, 5, 5)))
+    assert own == 2
