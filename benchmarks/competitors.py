@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d, ops, planner
+from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, ops, planner
 from hyperconv_ext.backends import BACKENDS
+from hyperconv_ext.modules import HyperConvNd
 from hyperconv_ext.problem import OPS, Plan
 
 from . import machine
-from .shapes import SHAPES, Shape
+from .records import CONV, PHASES
+from .shapes import Entry, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PHASES = ("forward", "step")
-_LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LAYOUTS = ("contiguous", "channels_last")
+_HYPER: dict[int, Callable[..., HyperConvNd]] = {1: HyperConv1d, 2: HyperConv2d, 3: HyperConv3d}
+_DENSE: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]]
+_DENSE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to run a layer. `backend` None is `nn.Conv2d` with a weight of its own.
+    """One way to run a layer. `backend` None is `nn.ConvNd` with a weight of its own.
 
     The competitors of one `column` differ only in layout; the report takes the fastest.
     """
@@ -33,25 +38,55 @@ class Competitor:
     backend: str | None
     layout: str
     baseline: bool
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.column}/{self.layout}"
 
-    @property
-    def format(self) -> torch.memory_format:
-        return _LAYOUTS[self.layout]
 
+def competitors(dims: int, on_gpu: bool) -> tuple[Competitor, ...]:
+    """The baselines in both layouts, of which the report takes the better, and every backend.
 
-def competitors() -> tuple[Competitor, ...]:
-    """The baselines in both layouts, of which the report takes the better, and every backend."""
-    baselines = tuple(
+    PyTorch has no channels_last of one axis. The compiler chooses the layout of its convolutions itself.
+    """
+    layouts = LAYOUTS if dims > 1 else LAYOUTS[:1]
+    baselines = [
         Competitor(column, backend, layout, baseline=True)
-        for column, backend in (("conv2d", None), ("hypernet+conv2d", "reference"))
-        for layout in _LAYOUTS
+        for column, backend in ((CONV, None), ("hypernet+conv", "reference"))
+        for layout in layouts
+    ]
+    fast = layouts[-1] if on_gpu else LAYOUTS[0]
+    compiled = Competitor("hypernet+conv compiled", "reference", fast, baseline=True, compiled=True)
+    own = LAYOUTS[-1] if on_gpu else LAYOUTS[0]
+    return (*baselines, compiled, *(Competitor(name, name, own, baseline=False) for name in BACKENDS))
+
+
+Case = tuple[Shape, str, str, Competitor]
+
+
+def cases(rows: Sequence[Entry], on_gpu: bool) -> list[Case]:
+    """Every (shape, dtype, phase, competitor) in the order they run.
+
+    Tier by tier, and in each the compiled competitors after all others, since compiling is slow.
+    """
+    tiers = list(dict.fromkeys((dtype, shape.num_features) for shape, dtype in rows))
+    listed = [
+        (shape, dtype, phase, competitor)
+        for shape, dtype in rows
+        for phase in PHASES
+        for competitor in competitors(shape.dims, on_gpu)
+    ]
+    return sorted(
+        listed, key=lambda case: (tiers.index((case[1], case[0].num_features)), case[3].compiled)
     )
-    layout = "nhwc" if machine.device().type == "cuda" else "nchw"
-    return (*baselines, *(Competitor(name, name, layout, baseline=False) for name in BACKENDS))
+
+
+def arrange(tensor: Tensor, layout: str) -> Tensor:
+    """`[B, C, *S]` in `layout`, which for channels_last may have any number of axes."""
+    if layout == "contiguous":
+        return tensor.contiguous()
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class Subject:
@@ -73,7 +108,7 @@ class Subject:
         self.sample = torch.tensor(sorted({0, batch - 1}), device=device)
         arguments = (shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride)
         rest = (shape.padding, shape.dilation, shape.groups)
-        self._hyper = HyperConv2d(
+        self._hyper = _HYPER[shape.dims](
             *arguments,
             *rest,
             num_features=shape.num_features,
@@ -81,7 +116,7 @@ class Subject:
             device=device,
             dtype=dtype,
         )
-        self._dense = nn.Conv2d(*arguments, *rest, device=device, dtype=dtype)
+        self._dense = _DENSE[shape.dims](*arguments, *rest, device=device, dtype=dtype)
         with torch.no_grad():
             self._dense.weight.copy_(self._hyper.weight)
 
@@ -91,25 +126,31 @@ class Subject:
         masked[self.sample] = self.grad[self.sample]
         return masked
 
-    def layer(
-        self, backend: str | None, format: torch.memory_format = torch.contiguous_format
-    ) -> nn.Conv2d | HyperConv2d:
-        """A new layer with the subject's parameters, the dense weight in `format`."""
-        if backend is None:
+    def library(self, hyper: bool) -> nn.Module:
+        """A new layer that calls the library, with a weight built by the hyper-network or of its own."""
+        return copy.deepcopy(self._hyper if hyper else self._dense)
+
+    def layer(self, competitor: Competitor) -> nn.Module:
+        """A new layer with the subject's parameters."""
+        if competitor.backend is None:
             dense = copy.deepcopy(self._dense)
-            return nn.utils.convert_conv2d_weight_memory_format(dense, format)
+            dense.weight.data = arrange(dense.weight.data, competitor.layout)
+            return dense
         layer = copy.deepcopy(self._hyper)
-        layer.backend = backend
+        layer.backend = competitor.backend
+        if competitor.compiled:
+            torch.compiler.reset()  # after a few layers the compiler would give up specialising
+            layer.compile(fullgraph=True, dynamic=False)
         return layer
 
 
 @lru_cache(maxsize=1)
-def subject(shape: str, dtype: str) -> Subject:
+def subject(shape: Shape, dtype: str) -> Subject:
     """The subject of the tests that run one after the other on it."""
-    return Subject(SHAPES[shape], DTYPES[dtype], machine.device())
+    return Subject(shape, DTYPES[dtype], machine.device())
 
 
-def plans(layer: HyperConv2d, input: Tensor, phase: str) -> tuple[Plan, ...]:
+def plans(layer: HyperConvNd, input: Tensor, phase: str) -> tuple[Plan, ...]:
     """How `layer` computes each operator of `phase`.
 
     Raises:
@@ -127,3 +168,8 @@ def why_not(chosen: tuple[Plan, ...]) -> str:
     if any(math.isinf(plan.seconds) for plan in chosen):
         return f"{chosen[0].backend} only emulates its kernels on this device"
     return ""
+
+
+def executed_flops(chosen: tuple[Plan, ...]) -> float:
+    """Operations that the kernels of these plans execute, as their backends count them."""
+    return sum(BACKENDS[plan.backend].flops(plan) for plan in chosen)

@@ -15,9 +15,11 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d, backends
+from hyperconv_ext import backends
+from hyperconv_ext.modules import HyperConvNd
 
-from .competitors import Subject, subject
+from .competitors import Subject, arrange, subject
+from .shapes import Shape
 
 _FACTOR = 2.0
 # The library's own algorithms differ by more among themselves: with Winograd, FFT, another layout.
@@ -61,10 +63,10 @@ def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> Errors:
 
 
 @lru_cache(maxsize=2)
-def _standard(shape: str, dtype: str, hyper: bool) -> tuple[dict[str, Tensor], Errors]:
+def _standard(shape: Shape, dtype: str, hyper: bool) -> tuple[dict[str, Tensor], Errors]:
     """The truth for `subject(shape, dtype)`, and the library's errors in the subject's dtype."""
     case = subject(shape, dtype)
-    layer = case.layer("reference" if hyper else None)
+    layer = case.library(hyper)
     input, grad = case.input[case.sample], case.grad[case.sample]
     everything = torch.arange(len(case.sample), device=case.device)
     exact = copy.deepcopy(layer).double()
@@ -87,16 +89,16 @@ def _epsilon(case: Subject) -> float:
 def _floor(case: Subject) -> float:
     """The error that any correct implementation is allowed, whatever the library's."""
     shape = case.shape
-    taps = shape.in_channels // shape.groups * prod(shape.kernel_size)
-    longest = max(taps, len(case.sample) * prod(shape.output_size))
+    terms = shape.in_channels // shape.groups * shape.taps
+    longest = max(terms, len(case.sample) * prod(shape.output_size))
     return _DTYPE_SHARE * _epsilon(case) + _SUM_SHARE * torch.finfo(torch.float32).eps * sqrt(longest)
 
 
 def failures(
-    shape: str,
+    shape: Shape,
     dtype: str,
     layer: nn.Module,
-    format: torch.memory_format,
+    layout: str,
     *,
     gradients: bool,
     baseline: bool,
@@ -105,9 +107,9 @@ def failures(
     case = subject(shape, dtype)
     factor = _LIBRARY_FACTOR if baseline else _FACTOR
     floor = _floor(case)
-    truth, allowed = _standard(shape, dtype, isinstance(layer, HyperConv2d))
-    input = case.input.to(memory_format=format)
-    grad = case.masked_grad.to(memory_format=format) if gradients else None
+    truth, allowed = _standard(shape, dtype, isinstance(layer, HyperConvNd))
+    input = arrange(case.input, layout)
+    grad = arrange(case.masked_grad, layout) if gradients else None
     actual = results(layer, input, grad, case.sample)
     measured = errors(actual, {name: truth[name] for name in actual})
     lines = []

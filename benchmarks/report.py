@@ -1,142 +1,171 @@
-"""The table at the end: every measured row, losing ones included. Pure functions of records."""
+"""From the JSON of a run to a report and its plots: `python benchmarks/report.py results.json`.
+
+Of a CPU only ratios are reported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import exp, log
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import goals, shapes, tables
+from benchmarks.records import PHASE_NAMES, PHASES, Record, load
+
+PLOTS = {
+    "kernel": "Speed-up over nn.Conv in 2-D against the kernel size: geometric means, and every row.",
+    "channels": "Speed-up over nn.Conv against the input channels.",
+    "features": "Speed-up over nn.Conv against N, the number of features.",
+    "memory": "Peak memory of nn.Conv over that of each competitor in 2-D, against the kernel size.",
+    "roofline": "Operations of the direct convolution a second against their number per byte, under the "
+    "ceilings measured in the same run.",
+}
 
 
-@dataclass
-class Record:
-    """One benchmark; `seconds` stays None if it failed its gate or raised."""
-
-    shape: str
-    dtype: str
-    phase: str
-    column: str
-    layout: str
-    baseline: bool
-    seconds: float | None = None
-    memory: int | None = None
+def on_gpu(document: Mapping[str, Any]) -> bool:
+    return document["machine_info"]["device"] != "cpu"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A column's entry in a row: the faster of its layouts."""
-
-    seconds: float | None
-    memory: int | None
-    layout: str
+def slug(document: Mapping[str, Any]) -> str:
+    """The name of the device as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", document["machine_info"]["device"].lower()).strip("-")
 
 
-Row = tuple[str, str, str]
-ROW_HEADER = ("shape", "dtype", "pass")
+def plot_names(document: Mapping[str, Any]) -> list[str]:
+    """The roofline is drawn in TFLOP/s, which a CPU's report does not show."""
+    return [name for name in PLOTS if on_gpu(document) or name != "roofline"]
 
 
-def _cells(records: Iterable[Record]) -> dict[Row, dict[str, Cell]]:
-    """Rows in the order they ran; a column in which any layout failed counts as failed."""
-    gathered: dict[Row, dict[str, list[Record]]] = {}
-    for record in records:
-        row = (record.shape, record.dtype, record.phase)
-        gathered.setdefault(row, {}).setdefault(record.column, []).append(record)
-    return {
-        row: {column: _best(group) for column, group in columns.items()}
-        for row, columns in gathered.items()
-    }
+def _head(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    facts = dict(document["machine_info"])
+    if on_gpu(document):
+        lines = [f"# Benchmarks on {facts['device']}", ""]
+        lines += ["Medians of the device's own time with a cold L2 cache; a ratio below 1 is a loss."]
+    else:
+        lines = ["# Benchmarks on a CPU", "", "**No GPU has measured anything in this report.** "]
+        lines[-1] += "It holds ratios of wall-clock"
+        lines += [
+            "times where no fused kernel runs, which say nothing of the kernels' speed. A ratio below 1"
+        ]
+        lines += ["is a loss."]
+    planned = len(PHASES) * len(shapes.GPU if on_gpu(document) else shapes.CPU)
+    rows = len({record.row for record in records})
+    brand = facts.get("cpu", {}).get("brand_raw")
+    commit = document["commit_info"]
+    told = {name: value for name, value in facts.items() if name != "cpu"}
+    told |= {"CPU": brand, "commit": f"{str(commit['id'])[:12]}{'+' if commit['dirty'] else ''}"}
+    return [
+        *lines,
+        "Every competitor passed the correctness gate before it was timed; baselines ran in both",
+        "layouts, the faster is shown.",
+        "",
+        f"{rows} of the suite's {planned} rows were run, on {document['datetime'][:10]}: "
+        + ", ".join(f"{name} {value}" for name, value in told.items())
+        + ".",
+    ]
 
 
-def _best(records: Sequence[Record]) -> Cell:
-    best = records[0]
-    for record in records:
-        if record.seconds is None:
-            return Cell(None, None, record.layout)
-        if best.seconds is None or record.seconds < best.seconds:
-            best = record
-    return Cell(best.seconds, best.memory, best.layout)
-
-
-def _speedup(cells: dict[str, Cell], backend: str, baseline: str) -> float | None:
-    """How many times faster `backend` is than `baseline`, where both were measured."""
-    if backend not in cells or baseline not in cells:
-        return None
-    ours, theirs = cells[backend].seconds, cells[baseline].seconds
-    return None if ours is None or theirs is None else theirs / ours
-
-
-def _microseconds(seconds: float) -> str:
-    value = seconds * 1e6
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def _texts(cell: Cell | None) -> tuple[str, str]:
-    """(time, memory) as printed."""
-    if cell is None:
-        return "-", "-"
-    if cell.seconds is None:
-        return "FAILED", "-"
-    memory = "-" if cell.memory is None else f"{cell.memory / 2**20:.1f}"
-    return _microseconds(cell.seconds), memory
-
-
-def _columns(records: Iterable[Record], baseline: bool) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(r.column for r in records if r.baseline == baseline))
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to equal width: the row's name to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        pairs = enumerate(zip(row, widths, strict=True))
-        padded = [t.ljust(w) if i < len(ROW_HEADER) else t.rjust(w) for i, (t, w) in pairs]
-        lines.append("  ".join(padded).rstrip())
+def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    """On a CPU nothing counts towards a goal."""
+    counted = records if on_gpu(document) else []
+    headings = [f"{name} (>= {{}})" for name in goals.CLASSES]
+    lines = [
+        "## Goals",
+        "",
+        "Set for a GPU of the H200's class, bf16, N = 4: speed-ups over nn.Conv in its better layout,",
+        "by kernel size and, where not said otherwise, in 2-D, of layers with 64 channels or more. A",
+        "goal is met if its worst row meets it.",
+    ]
+    misses: list[str] = []
+    for phase in PHASES:
+        targets = goals.TARGETS[phase].values()
+        heading = [text.format(target) for text, target in zip(headings, targets, strict=True)]
+        table = [[PHASE_NAMES[phase], *heading]]
+        for backend in goals.BACKENDS:
+            verdicts = goals.by_class(counted, backend, phase)
+            table.append([backend, *(verdict.text for verdict in verdicts)])
+            misses += [line for verdict in verdicts for line in verdict.misses()]
+        lines += ["", *tables.markdown(table, labels=1)]
+    table = [["everywhere", "ratio (>= 1)"]]
+    for backend in goals.BACKENDS:
+        for verdict in goals.everywhere(counted, backend):
+            table.append([verdict.name, verdict.text])
+            misses += verdict.misses()
+    lines += ["", *tables.markdown(table, labels=1)]
+    if misses:
+        lines += ["", "Missed:", "", *(f"- {line}" for line in misses)]
     return lines
 
 
-def table(records: Sequence[Record]) -> list[str]:
-    """One line per (shape, dtype, pass): time, memory and layout of the baselines; time, memory and
-    speed-up over each baseline of the backends.
+def _tier(document: Mapping[str, Any], records: Sequence[Record], tier: tuple[str, int]) -> list[str]:
+    gpu = on_gpu(document)
+    parts = [
+        (tables.SPEED if gpu else tables.SPEED_RATIOS, tables.speed(records, gpu)),
+        (tables.MEMORY if gpu else tables.MEMORY_RATIOS, tables.memory(records, gpu)),
+        (tables.ROOFLINE if gpu else tables.ROOFLINE_RATIOS, tables.roofline(records, gpu)),
+    ]
+    if gpu:
+        parts.insert(1, (tables.LAUNCHES, tables.launches(records)))
+    lines = [f"## {tier[0]}, N = {tier[1]}"]
+    for caption, table in parts:
+        lines += ["", caption, "", *tables.markdown(table)]
+    return lines
+
+
+def report(document: Mapping[str, Any]) -> str:
+    """The whole report, Markdown, a function of the JSON alone."""
+    records = load(document)
+    sections = [_head(document, records), _goals(document, records)]
+    sections.append(["## Summary", "", *(f"- {line}" for line in tables.summary(records))])
+    failures = [f"- {r.row.name}, {r.column}/{r.layout}: {r.failure}" for r in records if r.failure]
+    if failures:
+        sections.append(["## Failures", "", *failures])
+    sections.append(["## Plots"])
+    for name in plot_names(document):
+        sections[-1] += ["", PLOTS[name], "", f"![{PLOTS[name]}]({name}.svg)"]
+    for tier in dict.fromkeys(record.row.tier for record in records):
+        sections.append(_tier(document, [r for r in records if r.row.tier == tier], tier))
+    return "\n\n".join("\n".join(section) for section in sections) + "\n"
+
+
+def write(source: Path, folder: Path) -> None:
+    """The report of `source`, a copy of it and the plots, into `folder`.
+
+    Raises:
+        ImportError: matplotlib is missing; the report is written all the same.
     """
-    baselines, backends = _columns(records, baseline=True), _columns(records, baseline=False)
-    header = list(ROW_HEADER)
-    for name in baselines:
-        header += [f"{name} us", "MiB", "layout"]
-    for name in backends:
-        header += [f"{name} us", "MiB", *(f"vs {baseline}" for baseline in baselines)]
-    rows = [header]
-    for row, cells in _cells(records).items():
-        line = list(row)
-        for name in baselines:
-            line += [*_texts(cells.get(name)), cells[name].layout if name in cells else "-"]
-        for name in backends:
-            line += _texts(cells.get(name))
-            for baseline in baselines:
-                speedup = _speedup(cells, name, baseline)
-                line.append("-" if speedup is None else f"{speedup:.2f}x")
-        rows.append(line)
-    return _align(rows)
+    document = json.loads(source.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "report.md").write_text(report(document))
+    from benchmarks import plots
+
+    for name in plot_names(document):
+        plots.draw(name, load(document), document["ceilings"], folder / f"{name}.svg")
 
 
-def summary(records: Sequence[Record]) -> list[str]:
-    """Per backend, baseline and pass: how often it wins, the geometric mean and the worst row."""
-    rows = _cells(records)
-    lines = []
-    for backend in _columns(records, baseline=False):
-        for baseline in _columns(records, baseline=True):
-            for phase in dict.fromkeys(row[2] for row in rows):
-                ratios = {
-                    row: ratio
-                    for row, cells in rows.items()
-                    if row[2] == phase and (ratio := _speedup(cells, backend, baseline))
-                }
-                if not ratios:
-                    continue
-                wins = sum(ratio > 1 for ratio in ratios.values())
-                mean = exp(sum(map(log, ratios.values())) / len(ratios))
-                worst = min(ratios, key=ratios.__getitem__)
-                lines.append(
-                    f"{backend} against {baseline}, {phase}: faster in {wins} of {len(ratios)} rows, "
-                    f"geometric mean {mean:.2f}x, worst {ratios[worst]:.2f}x ({worst[0]}, {worst[1]})"
-                )
-    return lines
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/DEVICE")
+    options = parser.parse_args()
+    folder = options.output
+    if folder is None:
+        name = slug(json.loads(options.results.read_text()))
+        folder = Path(__file__).resolve().parent / "results" / name
+    try:
+        write(options.results, folder)
+    except ImportError as error:
+        parser.exit(1, f"{folder / 'report.md'} is written, but no plot: {error}\n")
+    print(folder / "report.md")
+
+
+if __name__ == "__main__":
+    main()

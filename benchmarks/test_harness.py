@@ -1,17 +1,20 @@
-"""The suite's own arithmetic, on numbers instead of a GPU."""
+"""The suite's own arithmetic, on numbers and fakes instead of a GPU."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from . import gate, machine, report, shapes, timing
-from .competitors import subject
-from .report import Record
+from . import ceilings, competitors, gate, machine, shapes, timing
+from .competitors import Competitor, arrange, cases, subject
+from .shapes import Shape
 
-_SMALL = shapes.SMALL[1].name
+_SMALL = shapes.SMALL[0]
 
 
 class FakeEvent:
@@ -48,63 +51,188 @@ def test_rounds_stay_within_bounds() -> None:
     assert [effort.rounds(t) for t in (0.0, 0.1, 10.0)] == [20, 10, 5]
 
 
+class FakeDevice:
+    """Work that takes as long as it is told to, and a flush that takes longer than any of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.flushes = 0
+        self.queued = 0.0
+        monkeypatch.setattr(timing, "clock", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self.now += 100.0
+
+    def work(self, *seconds: float) -> Any:
+        durations = iter(seconds)
+
+        def target() -> None:
+            self.now += next(durations)
+
+        return target
+
+    def enqueue(self) -> None:
+        """Takes the host 1 s and the device 3, which only synchronising waits for."""
+        self.now += 1.0
+        self.queued += 2.0
+
+    def synchronize(self) -> None:
+        self.now, self.queued = self.now + self.queued, 0.0
+
+
+def test_durations_are_without_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    assert timing.durations(device.work(1.0, 3.0, 2.0), device.flush, 3) == [1.0, 3.0, 2.0]
+    assert device.flushes == 3
+
+
+def test_steady_time_counts_what_is_still_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    device.queued = 50.0  # of an earlier benchmark
+    assert timing.steady_seconds(device.enqueue, 4, device.synchronize) == pytest.approx(3.0)
+
+
+def test_graph_time_is_the_median_of_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    replay = device.work(1.0, 9.0, 2.0)
+    facts = timing.graph_facts(lambda: None, lambda target: replay, device.flush, 3)
+    assert facts == {"graph_seconds": 2.0}
+    assert device.flushes == 3
+
+
+def test_a_graph_that_cannot_be_captured_says_why() -> None:
+    def capture(target: Any) -> Any:
+        try:
+            target()
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    def target() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    facts = timing.graph_facts(target, capture, lambda: None, 3)
+    assert facts == {"graph_error": "operation not permitted when stream is capturing"}
+
+
 def test_shape_names_are_unique() -> None:
     for rows in (shapes.GPU, shapes.CPU):
         assert max(Counter((shape.name, dtype) for shape, dtype in rows).values()) == 1
     assert all(shapes.SHAPES[shape.name] == shape for shape, _ in (*shapes.GPU, *shapes.CPU))
 
 
-def test_shape_arithmetic() -> None:
-    shape = shapes.Shape("any", 2, 4, 6, (9, 8), (5, 3), stride=2, groups=2)
-    layer = torch.nn.Conv2d(4, 6, shape.kernel_size, 2, shape.padding, groups=2)
-    output = layer(torch.zeros(2, 4, 9, 8))
-    assert (2, 6, *shape.output_size) == output.shape
-    assert shape.flops == 2 * output.numel() * layer.weight[0].numel()
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_shape_arithmetic(dims: int) -> None:
+    size, kernel = (9, 8, 7)[:dims], (5, 3, 1)[:dims]
+    shape = Shape("any", 2, 4, 6, size, kernel, stride=2, dilation=2, groups=2)
+    output, weight = torch.empty(2, 6, *shape.output_size), torch.empty(6, 2, *kernel)
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+
+    def output_of(input: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+        return convolution(input, weight, None, 2, shape.padding, 2, groups)
+
+    assert shape.dims == dims
+    assert output.shape == output_of(torch.zeros(2, 4, *size), weight, 2).shape
+    assert shape.flops == 2 * output.numel() * weight[0].numel()
+    assert shape.meetings == output_of(torch.ones(1, 1, *size), torch.ones(1, 1, *kernel), 1).sum()
 
 
-def _records() -> list[Record]:
-    rows = (
-        ("conv2d", "nchw", True, 3e-3),
-        ("conv2d", "nhwc", True, 2e-3),
-        ("hypernet+conv2d", "nchw", True, 4e-3),
-        ("fast", "nchw", False, 1e-3),
-        ("slow", "nchw", False, 8e-3),
-        ("wrong", "nchw", False, None),
-    )
-    return [
-        Record("a", "fp32", "forward", column, layout, baseline, seconds, 2**20)
-        for column, layout, baseline, seconds in rows
-    ]
+def test_least_operations() -> None:
+    inside = replace(shapes.RESNET[0], kernel_size=(1, 1))  # 32 x 64 -> 64 x 56^2, no padding
+    assert inside.least_flops(hyper=True) == inside.least_flops(hyper=False) == inside.flops
+    padded = Shape("any", 2, 3, 100, (4,), (3,))
+    assert padded.meetings == 3 * 4 - 2
+    assert padded.least_flops(hyper=False) == 2 * 2 * 3 * 100 * 10
+    assert padded.least_flops(hyper=True) == padded.least_flops(hyper=False)  # R = 5 > 3 taps
+    long = replace(padded, size=(100,), kernel_size=(31,))
+    assert long.meetings == 31 * 100 - 2 * sum(range(16))
+    assert long.least_flops(hyper=True) == 2 * 2 * 3 * 5 * (long.meetings + 100 * 100)
 
 
-def test_table_takes_the_better_layout_and_shows_losses_and_failures() -> None:
-    header, row = report.table(_records())
-    assert header.startswith("shape") and "vs hypernet+conv2d" in header
-    cells = row.split()
-    assert cells[3:6] == ["2000", "1.0", "nhwc"]
-    assert cells[9:13] == ["1000", "1.0", "2.00x", "4.00x"]
-    assert cells[13:17] == ["8000", "1.0", "0.25x", "0.50x"]
-    assert cells[17:] == ["FAILED", "-", "-", "-"]
+def test_every_tier_has_every_shape_and_decisive_ones_come_first() -> None:
+    tiers: dict[tuple[str, int], list[Shape]] = {}
+    for shape, dtype in shapes.GPU:
+        tiers.setdefault((dtype, shape.num_features), []).append(shape)
+    expected = [("bf16", 4), ("bf16", 16), ("fp16", 4), ("fp16", 16), ("fp32", 4), ("fp32", 16)]
+    assert list(tiers) == expected
+    families = {"resnet": 16, "unet": 18, "large": 4, "volume": 6, "sequence": 2, "tiny": 1}
+    for tier in tiers.values():
+        assert Counter(shape.family for shape in tier) == families
+        flags = [shapes.decisive(shape) for shape in tier]
+        assert flags == sorted(flags, reverse=True) and {True, False} == set(flags)
 
 
-def test_a_baseline_that_failed_in_one_layout_gives_no_ratio() -> None:
-    records = _records()
-    records[0].seconds = None
-    assert "2.00x" not in report.table(records)[1]
-    assert not any("against conv2d" in line for line in report.summary(records))
+def test_the_cpu_runs_every_family() -> None:
+    assert {shape.family for shape, _ in shapes.CPU} == {shape.family for shape, _ in shapes.GPU}
 
 
-def test_summary_counts_wins_and_names_the_worst() -> None:
-    records = _records()
-    lines = report.summary(records + [Record(**vars(r) | {"shape": "b"}) for r in records])
-    assert lines[0].startswith("fast against conv2d, forward: faster in 2 of 2 rows")
-    assert any(line.startswith("slow") and "0 of 2" in line and "(a, fp32)" in line for line in lines)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_cases_are_complete_and_compiled_ones_end_their_tier(on_gpu: bool) -> None:
+    rows = shapes.GPU if on_gpu else shapes.CPU
+    listed = cases(rows, on_gpu)
+    assert len(set(listed)) == len(listed)
+    assert {(shape, dtype) for shape, dtype, *_ in listed} == set(rows)
+    tiers = [(dtype, shape.num_features) for shape, dtype, *_ in listed]
+    for tier in set(tiers):
+        first, last = tiers.index(tier), len(tiers) - tiers[::-1].index(tier)
+        assert set(tiers[first:last]) == {tier}
+        flags = [case[3].compiled for case in listed[first:last]]
+        assert flags == sorted(flags) and {True, False} == set(flags)
 
 
+def test_baselines_run_in_both_layouts_where_there_are_two() -> None:
+    for dims, layouts in ((1, ["contiguous"]), (2, ["contiguous", "channels_last"])):
+        names = Counter(c.column for c in competitors.competitors(dims, on_gpu=True) if c.baseline)
+        assert names == {
+            "conv": len(layouts),
+            "hypernet+conv": len(layouts),
+            "hypernet+conv compiled": 1,
+        }
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_arrange(dims: int) -> None:
+    tensor = torch.randn(2, 3, *(4, 5, 6)[:dims])
+    last = arrange(tensor, "channels_last")
+    assert torch.equal(last, tensor) and last.stride(1) == 1
+    assert last.movedim(1, -1).is_contiguous()
+    assert arrange(last, "contiguous").is_contiguous()
+
+
+def test_executed_operations_are_summed_over_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(flops=lambda plan: plan.seconds)
+    monkeypatch.setattr(competitors, "BACKENDS", {"fast": engine})
+    chosen: Any = tuple(SimpleNamespace(backend="fast", seconds=s) for s in (1.0, 2.5))
+    assert competitors.executed_flops(chosen) == 3.5
+
+
+def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fastest(target: Any) -> float:
+        calls.append(target())
+        return 0.5
+
+    monkeypatch.setattr(ceilings, "_fastest", fastest)
+    found = ceilings.Ceilings(torch.device("cpu"))
+    for _ in range(2):
+        assert found.bandwidth == 4 * 2**27
+        assert found.rate("bf16") == 4 * 1024**3
+    assert len(calls) == 3
+    expected = {"bytes_per_second": 4 * 2**27, "flops_per_second": {"bf16": 4 * 1024**3}}
+    assert found.to_json() == expected
+
+
+def _competitor(backend: str | None, layout: str = "contiguous") -> Competitor:
+    return Competitor("any", backend, layout, baseline=True)
+
+
+@pytest.mark.parametrize("layout", competitors.LAYOUTS)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_gate_passes_the_library_and_catches_a_wrong_parameter(backend: str | None) -> None:
-    layer = subject(_SMALL, "fp32").layer(backend)
-    arguments = (_SMALL, "fp32", layer, torch.channels_last)
+def test_gate_passes_the_library_and_catches_a_wrong_parameter(backend: str | None, layout: str) -> None:
+    layer = subject(_SMALL, "fp32").layer(_competitor(backend, layout))
+    arguments = (_SMALL, "fp32", layer, layout)
     assert not gate.failures(*arguments, gradients=True, baseline=True)
     with torch.no_grad():
         next(layer.parameters()).mul_(1.01)
@@ -112,10 +240,10 @@ def test_gate_passes_the_library_and_catches_a_wrong_parameter(backend: str | No
 
 
 def test_gate_catches_nan() -> None:
-    layer = subject(_SMALL, "fp32").layer("reference")
+    layer = subject(_SMALL, "fp32").layer(_competitor("reference"))
     with torch.no_grad():
         next(layer.parameters()).fill_(float("nan"))
-    lines = gate.failures(_SMALL, "fp32", layer, torch.contiguous_format, gradients=True, baseline=False)
+    lines = gate.failures(_SMALL, "fp32", layer, "contiguous", gradients=True, baseline=False)
     assert any("grad of input" in line for line in lines)
 
 

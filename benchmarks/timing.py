@@ -3,7 +3,8 @@
 pytest-benchmark takes `end - start` of what its timer returns, once per round in pedantic mode. On a
 GPU the timer therefore returns a recorded event: the difference waits for the later event and is the
 device's own time. Each round's setup queues writes that flush the L2 cache and take the GPU longer than
-the host takes to enqueue the measured work, so the time to launch kernels is not in the result.
+the host takes to enqueue the measured work, so the time to launch kernels is not in the result. What
+launches cost is measured apart: by many calls in a row, and by replaying the same work as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -111,8 +113,25 @@ def warm_up(target: Callable[[], object]) -> None:
         target()
 
 
-def measure(benchmark: BenchmarkFixture, target: Callable[[], object], device: torch.device) -> None:
-    """Time a warm `target` by `clock`, in as many rounds as `EFFORT` affords."""
+def durations(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds by `clock` of each round's `target`, after its `setup`."""
+    stamps = []
+    for _ in range(rounds):
+        setup()
+        start = clock()
+        target()
+        stamps.append((start, clock()))
+    return [end - start for start, end in stamps]  # type: ignore[operator]
+
+
+def measure(
+    benchmark: BenchmarkFixture, target: Callable[[], object], device: torch.device
+) -> dict[str, Any]:
+    """Time a warm `target` by `clock`, in as many rounds as `EFFORT` affords.
+
+    Returns:
+        On a GPU, if the benchmark is enabled, the fields of `Record` that tell what launches cost.
+    """
     total, host = min(_wall_time(target, device) for _ in range(2))
     rounds = EFFORT[device.type].rounds(total)
     setup = None
@@ -124,3 +143,47 @@ def measure(benchmark: BenchmarkFixture, target: Callable[[], object], device: t
         target()  # pytest-benchmark would keep a result alive, and its memory, through the next round
 
     benchmark.pedantic(once, setup=setup, rounds=rounds, warmup_rounds=1)
+    if setup is None or not benchmark.enabled:
+        return {}
+    eager = steady_seconds(once, rounds, lambda: machine.synchronize(device))
+    return {"eager_seconds": eager, **graph_facts(once, capture, setup, rounds)}
+
+
+def steady_seconds(target: Callable[[], object], calls: int, synchronize: Callable[[], object]) -> float:
+    """Wall time of one of `calls` calls in a row, launches included, caches as they are."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        target()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def capture(target: Callable[[], object]) -> Callable[[], object]:
+    """What replays the work of `target` as a CUDA graph, in memory of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate a workspace per stream on first use
+        target()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        target()
+    return graph.replay
+
+
+def graph_facts(
+    target: Callable[[], object],
+    capture: Callable[[Callable[[], object]], Callable[[], object]],
+    setup: Callable[[], object],
+    rounds: int,
+) -> dict[str, Any]:
+    """The median time of a replay, or why `target` cannot be captured."""
+    try:
+        replay = capture(target)
+    except RuntimeError as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:  # leaving the capture raises once more
+            cause = cause.__context__
+        return {"graph_error": (str(cause).splitlines() or [type(cause).__name__])[0]}
+    return {"graph_seconds": median(durations(replay, setup, rounds))}

@@ -19,7 +19,8 @@ from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.planner import PlanError
 from hyperconv_ext.problem import OPS, Device, Op, Problem
 
-H200 = Device("cuda", 90, 132)
+from .planning import GPU_SHAPES, H200, problem, shaped
+
 NOT_BUILT = "the CUDA extension is not built"
 
 
@@ -47,29 +48,12 @@ def hosted(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "executes_on_cpu", lambda: True)
 
 
-def problem(
-    channels: int = 64,
-    size: int = 56,
-    kernel: int = 7,
-    rank: int = 5,
-    op: Op = "basis_conv_fwd",
-    **changes: object,
-) -> Problem:
-    geometry = Geometry.conv((size, size), (kernel, kernel), (1, 1), "same", (1, 1), 1)
-    plain = Problem(op, geometry, 32, channels, channels, rank, "bfloat16", H200, aligned=True)
-    return dataclasses.replace(plain, **changes)
-
-
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", [shape for shape, _ in shapes.GPU], ids=lambda shape: shape.name)
-def test_every_benchmark_shape_is_fused(shape: shapes.Shape, op: Op) -> None:
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=lambda shape: shape.name)
+def test_triton_takes_every_benchmark_shape(shape: shapes.Shape, op: Op) -> None:
     for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False)):
-        geometry = Geometry.conv(shape.size, shape.kernel_size, (1, 1), shape.padding, (1, 1), 1)
-        channels = shape.in_channels, shape.out_channels
-        numbers = (op, geometry, shape.batch, *channels, shape.num_features + 1)
         for aligned in (False, True):
-            plan = planner.plan(Problem(*numbers, dtype, H200, aligned, tf32))
-            assert plan.backend == "triton"
+            plan = planner.plan(shaped(shape, op, dtype, tf32, aligned), "triton")
             assert plan.tile in tiles.ALL and tiles.fits(plan.problem, plan.tile)
             assert 0 < plan.seconds < 10
 
@@ -90,9 +74,9 @@ def test_algorithm(kernel: int, rank: int, algorithm: str) -> None:
 
 
 def test_wide_tiles_for_wide_layers() -> None:
-    assert planner.plan(problem(channels=256)).tile.outputs == 128
-    assert planner.plan(problem(channels=8)).tile.outputs == 16
-    assert not planner.plan(problem(channels=256, aligned=False)).tile.aligned
+    assert planner.plan(problem(channels=256), "triton").tile.outputs == 128
+    assert planner.plan(problem(channels=8), "triton").tile.outputs == 16
+    assert not planner.plan(problem(channels=256, aligned=False), "triton").tile.aligned
 
 
 def test_estimate_grows_with_the_work() -> None:
@@ -155,14 +139,14 @@ def test_what_the_cpu_executes_for_tests_is_never_chosen_unasked(
 def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
     weight = channels * channels * kernel**2
     coefficient = problem(channels, kernel=kernel, op="basis_conv_bwd_coeff")
-    tile = planner.plan(coefficient).tile
+    tile = planner.plan(coefficient, "triton").tile
     splits, atomic = tiles.split_coefficients(coefficient, tile)
     assert splits >= 1 and (atomic or splits == 1 or splits * channels**2 * 5 < weight)
     demanded = dataclasses.replace(coefficient, deterministic=True)
     splits, atomic = tiles.split_coefficients(demanded, tile)
     assert not atomic and (splits == 1 or splits * channels**2 * 5 < weight)
     basis = problem(channels, kernel=kernel, op="basis_conv_bwd_basis")
-    tile = planner.plan(basis).tile
+    tile = planner.plan(basis, "triton").tile
     chunks = tiles.padded_patch(tiles.lattice_of(basis, tile), tile) // tile.patch
     splits = tiles.split_basis(basis, tile)
     assert splits >= 1 and (splits == 1 or splits * chunks * 5 * kernel**2 < weight)
@@ -292,18 +276,16 @@ def test_auto_takes_the_lower_estimate(op: Op, built, monkeypatch: pytest.Monkey
         assert (plan.backend, plan.seconds) == (backend, min(best, seconds))
 
 
-@pytest.mark.parametrize("shape", [shape for shape, _ in shapes.GPU], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=lambda shape: shape.name)
 def test_auto_on_every_benchmark_shape(shape: shapes.Shape, built) -> None:
-    geometry = Geometry.conv(shape.size, shape.kernel_size, (1, 1), shape.padding, (1, 1), 1)
-    channels = shape.in_channels, shape.out_channels
     for op in OPS:
-        numbers = (op, geometry, shape.batch, *channels, shape.num_features + 1)
-        shaped = Problem(*numbers, "bfloat16", H200, aligned=True)
-        own = planner.plan(shaped, "cuda")
+        numbers = shaped(shape, op)
+        own = planner.plan(numbers, "cuda")
         check_tile(own.problem, own.tile)
         assert 0 < own.seconds < 10
-        cheapest = min((own, planner.plan(shaped, "triton")), key=lambda plan: plan.seconds)
-        assert planner.plan(shaped) == cheapest
+        plans = [planner.plan(numbers, backend) for backend in ("cuda", "triton", "composite")]
+        chosen, best = planner.plan(numbers), min(plans, key=lambda plan: plan.seconds)
+        assert (chosen.backend, chosen.tile, chosen.seconds) == (best.backend, best.tile, best.seconds)
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7, 15])

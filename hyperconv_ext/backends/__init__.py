@@ -1,10 +1,12 @@
 """The engines, and the machine they run on.
 
 A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, reason)`,
-`configure(problem, algorithm) -> (tile or None, estimated seconds)`, and one function per operator in
-`problem.OPS`. One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the
-coordinate MLP: `coordinate_mlp_fwd`, `coordinate_mlp_bwd`, and `hyper_conv_fwd`, the forward operator
-or the input gradient whose basis is an MLP's.
+`configure(problem, algorithm) -> (tile or None, estimated seconds)`, `flops(plan)`, and one function
+per operator in `problem.OPS`. `flops` counts two for each multiply-add that the plan executes, those
+with the zeros of banded products and of channels rounded up among them, and those that build W on chip.
+One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the coordinate MLP:
+`coordinate_mlp_fwd`, `coordinate_mlp_bwd`, and `hyper_conv_fwd`, the forward operator or the input
+gradient whose basis is an MLP's.
 """
 
 from __future__ import annotations

@@ -13,12 +13,16 @@ from torch import Tensor
 from ..geometry import Geometry
 from ..layout import conform
 from ..problem import Plan, Problem
+from . import cost
+from .cost import Work
+from .figures import number
 from .library import convolution, convolution_input_gradient, convolution_weight_gradient
 
 ALGORITHMS = ("composite",)
-# Seconds no fused estimate reaches: library calls are chosen when nothing fused can run.
+# Seconds off the GPU, where there is no estimate: fewer than those of emulated kernels, the infinite.
 LAST_RESORT = 1e9
 _DEPTHWISE_TAPS = 225
+_SIDE, _DEEP = 128, 64  # of a block's share of a library's matrix product, and of its steps
 
 
 def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
@@ -27,8 +31,85 @@ def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
 
 
 def configure(problem: Problem, algorithm: str) -> tuple[None, float]:
-    """No tile to choose, and the cost of last resort: taken when no fused backend can run."""
-    return None, LAST_RESORT
+    """No tile to choose, and the estimated seconds on a GPU."""
+    if problem.device.kind != "cuda":
+        return None, LAST_RESORT
+    return None, cost.seconds(works(problem), problem.device)
+
+
+def flops(plan: Plan) -> float:
+    """Those asked of the library; what its kernels pad is not known."""
+    return cost.flops(works(plan.problem))
+
+
+def works(problem: Problem) -> list[Work]:
+    """The library calls of an operator: z or its gradient u meets memory between the two products.
+
+    Also the copies of channels-last activations to planes and back, and of z or u to the channels-last
+    layout of the library's tensor-core kernels or from it.
+    """
+    x, y = cost.input_bytes(problem), cost.output_bytes(problem)
+    positions = problem.batch * problem.geometry.output_positions
+    z = cost.width(problem) * positions * problem.in_channels * problem.rank
+    gathered = problem.op == "basis_conv_bwd_input" and _gathers_apart(problem.geometry)
+    planes = x * problem.rank if gathered else x
+    moved = [2 * x, 2 * y] if problem.aligned else []
+    if number(problem) != "ieee":
+        moved.append(2 * z)
+    if gathered:
+        moved.append(planes + x)
+    coefficients = cost.width(problem) * cost.coefficients(problem)
+    products = [_depthwise(problem, gathered, planes + z), _mixed(problem, z + y + coefficients)]
+    return [*products, *(Work(dram=size) for size in moved)]
+
+
+def _depthwise(problem: Problem, gathered: bool, dram: float) -> Work:
+    """R one-channel convolutions in ordinary units: one channel would leave tensor cores idle.
+
+    A lane fetches an input for every multiply-add, as PyTorch's depthwise kernels do; the library's
+    matrix products would pad R instead.
+    """
+    geometry = problem.geometry
+    positions = geometry.input_positions if gathered else geometry.output_positions
+    outputs = problem.batch * problem.in_channels * problem.rank * positions
+    blocks = max(1, -(-outputs // _SIDE**2))
+    products = geometry.taps * outputs / blocks
+    return Work(
+        library=True,
+        multiply_adds=geometry.taps * outputs,
+        dram=dram,
+        blocks=blocks,
+        products=products,
+        shared=4 * products,
+    )
+
+
+def _mixed(problem: Problem, dram: float) -> Work:
+    """The matrix product of A with z, with g, or of z with g, per group."""
+    groups, width = problem.geometry.groups, cost.width(problem)
+    positions = problem.batch * problem.geometry.output_positions
+    out, inner = problem.out_channels // groups, problem.in_channels // groups * problem.rank
+    if problem.op == "basis_conv_fwd":
+        rows, columns, depth = positions, out, inner
+    elif problem.op == "basis_conv_bwd_coeff":
+        rows, columns, depth = inner, out, positions
+    else:
+        rows, columns, depth = positions, inner, out
+    blocks = max(1, -(-rows // _SIDE) * -(-columns // _SIDE) * groups)
+    # A long sum of few numbers is dealt to as many blocks as there are multiprocessors.
+    shares = max(1, min(depth // _DEEP, problem.device.processors // blocks))
+    steps = -(-depth // (_DEEP * shares))
+    return Work(
+        number=number(problem),
+        library=True,
+        multiply_adds=rows * columns * depth * groups,
+        dram=dram,
+        blocks=blocks * shares,
+        products=steps * _DEEP * _SIDE**2,
+        shared=2 * 2 * width * steps * _DEEP * _SIDE,
+        cache=2 * width * steps * _DEEP * _SIDE + width * _SIDE**2,
+        steps=steps,
+    )
 
 
 def _pointwise(geometry: Geometry) -> Geometry:
@@ -68,6 +149,17 @@ def _responses_gradient(grad: Tensor, coefficients: Tensor, geometry: Geometry) 
     return u.reshape(-1, coefficients.shape[2], *geometry.output_size)
 
 
+def _flipped_padding(geometry: Geometry) -> tuple[int, ...]:
+    axes = zip(geometry.kernel_size, geometry.dilation, geometry.padding, strict=True)
+    return tuple(d * (k - 1) - p for k, d, p in axes)
+
+
+def _gathers_apart(geometry: Geometry) -> bool:
+    """Whether the gradient of the planes is gathered by R depthwise convolutions and a sum."""
+    small = geometry.taps <= _DEPTHWISE_TAPS
+    return max(geometry.stride) == 1 and min(_flipped_padding(geometry)) >= 0 and small
+
+
 def _gather(u: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of the planes, `[B * C_in, 1, *S]`, from that of z.
 
@@ -75,16 +167,14 @@ def _gather(u: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
     took a fifth of the library's transposed convolution on a CPU (oneDNN, 3x3 to 7x7), at 31x31 four
     times as long; hence the limit.
     """
-    axes = zip(geometry.kernel_size, geometry.dilation, geometry.padding, strict=True)
-    low = tuple(d * (k - 1) - p for k, d, p in axes)
-    if max(geometry.stride) > 1 or min(low) < 0 or geometry.taps > _DEPTHWISE_TAPS:
+    if not _gathers_apart(geometry):
         return convolution_input_gradient(u, filters, geometry, 1)
     rank = filters.shape[0]
     flipped = replace(
         geometry,
         input_size=geometry.output_size,
         output_size=geometry.input_size,
-        padding=low,
+        padding=_flipped_padding(geometry),
         groups=rank,
     )
     axes_of_space = tuple(range(2, 2 + geometry.dims))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...problem import Device, Problem
+from ...problem import Device, Plan, Problem
+from .. import cost
 from . import launch, library, tiles
 
 ALGORITHMS = ("basis",)
@@ -70,6 +71,11 @@ def configure(problem: Problem, algorithm: str) -> tuple[Any, float]:
         raise ValueError(f"no tile fits {problem}; ask can_run first")
     tile, seconds = choice
     return tile, math.inf if problem.device.kind == "cpu" else seconds
+
+
+def flops(plan: Plan) -> float:
+    """Operations that the planned launches execute."""
+    return cost.flops(tiles.works(plan.problem, plan.tile))
 
 
 basis_conv_fwd = launch.basis_conv_fwd

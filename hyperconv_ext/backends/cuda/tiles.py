@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...problem import Problem
+from .. import cost
+from ..cost import Work
+from ..figures import Number, figures, number
 from ..lattice import Axis, Lattice, lattice
 from ..shares import basis_shares, coefficient_shares
 
 Family = Literal["basis_conv", "coefficient_gradient", "basis_gradient"]
-Number = Literal["half", "tf32", "ieee"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,6 @@ def _size(count: int, width: int) -> int:
     return _up(count * width, 128)
 
 
-def number(problem: Problem) -> Number:
-    """The arithmetic of the products: 16-bit operands, TF32, or IEEE float32."""
-    if problem.dtype in ("float16", "bfloat16"):
-        return "half"
-    return "tf32" if problem.tf32 else "ieee"
-
-
 def family(problem: Problem) -> Family:
     """The kernel family of an operator."""
     if problem.op == "basis_conv_bwd_coeff":
@@ -111,9 +106,8 @@ def family(problem: Problem) -> Family:
 
 
 def shared_memory(problem: Problem) -> int:
-    """Bytes of shared memory that a block may use (CUDA C++ Programming Guide, compute capabilities)."""
-    known = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
-    return known.get(problem.device.capability, 227) * 1024
+    """Bytes of shared memory that a block may use."""
+    return figures(problem.device).block_memory
 
 
 @dataclass(frozen=True)
@@ -131,12 +125,12 @@ class Map:
             for axis, count in zip(self.units.axes, self.grid[1:], strict=True)
         )
 
-    @property
+    @cached_property
     def halo(self) -> int:
         """Inputs that a block reads, of all its images."""
         return self.grid[0] * prod(self.halo_shape)
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         """16-row tiles of a unit's patch."""
         return -(-self.units.patch // 16)
@@ -147,7 +141,7 @@ class Map:
         counts = (self.units.batch, *(axis.tiles for axis in self.units.axes))
         return tuple(-(-count // size) for count, size in zip(counts, self.grid, strict=True))
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks of all phases."""
         return prod(self.axis_blocks) * self.units.phases
@@ -219,19 +213,12 @@ def shared_bytes(problem: Problem, kernel: Kernel, map: Map, slice: int, stages:
     return max(halo + _size(2 * grad, width) + weights + tables, total)
 
 
-# Per multiprocessor and clock. Leads from data sheets for ranking tiles, not promises of speed.
-_PRODUCT_CLOCKS: dict[Number, float] = {"half": 2, "tf32": 4, "ieee": 64}  # of a 16x8x16 product
-_SHARED_BYTES = 128
-_GLOBAL_BYTES = 32
-_CLOCK = 1.7e9
-_UNHIDDEN = 0.25  # of what could run beside the slowest part
-_STEP_CLOCKS = 600  # barriers and latency of one pass of the main loop, divided by the blocks at hand
-_SETUP_CLOCKS = 3000  # tables, first loads, epilogue
-
-
 def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
     """(shares of the sum over outputs, whether atomic) of a gradient; (1, False) for a convolution."""
-    kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
+    return _shares(problem, tile.kernel, map_of(problem, tile.unit, tile.grid))
+
+
+def _shares(problem: Problem, kernel: Kernel, map: Map) -> tuple[int, bool]:
     size_i, size_o = channels(problem)
     blocks_i, groups = -(-size_i // _CHANNELS), problem.geometry.groups
     rank_blocks = -(-problem.rank // kernel.ranks)
@@ -250,50 +237,113 @@ def basis_pieces(map: Map) -> int:
     return -(-map.chunks // _PIECE)
 
 
-def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated time of a launch: per pass, above all the slowest of products and both memories."""
-    kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
-    width = 512 if kernel.number == "half" else 1024  # bytes of a tile
+class _Loop(NamedTuple):
+    """A kernel's main loop.
+
+    Of one item: `products` of 16x16 operands and tiles `read` by a warp, bytes `loaded` by a block and
+    its `steps`. `blocks`, the `items` of the busiest and the bytes that it `stored`; `total` products of
+    each warp in all blocks.
+    """
+
+    products: int
+    read: int
+    loaded: int
+    steps: int
+    blocks: int
+    items: int
+    stored: int
+    total: int
+
+
+def _loop(problem: Problem, tile: Tile, map: Map, count: int, width: int) -> _Loop:
+    """With the sum over outputs in `count` shares and tiles of `width` bytes."""
+    kernel, units, chunks = tile.kernel, _UNITS_PER_WARP, map.chunks
     size_i, size_o = channels(problem)
     blocks_i, blocks_o = -(-size_i // _CHANNELS), -(-size_o // kernel.outputs)
-    tiles_o, groups = kernel.outputs // 16, problem.geometry.groups
-    rank, passes = problem.rank, -(-problem.rank // kernel.ranks)
-    units, chunks = _UNITS_PER_WARP, map.chunks
-    halo_bytes = map.halo * width // 16
-    band_bytes = width * chunks if tile.slice < chunks else 0  # per function, where streamed
-    count = shares(problem, tile)[0]
-    # Per pass over the outputs of a block: 16x16x16 products and tiles read by a warp, bytes loaded by
-    # the block, passes of the main loop; then how many blocks, and how many passes over outputs each.
+    tiles_o, groups, rank = kernel.outputs // 16, problem.geometry.groups, problem.rank
+    ranks, passes = min(kernel.ranks, rank), -(-rank // kernel.ranks)
+    slices = -(-chunks // tile.slice)
+    streamed = chunks if slices > 1 else 0  # tiles of a band that do not stay
+    halo = map.halo * width // 16
+    outputs = units * tile.warps
     if kernel.family == "basis_conv":
         products = units * rank * (chunks + tiles_o)
-        reads = units * chunks * passes + rank * (chunks + tiles_o)
-        loads = halo_bytes + rank * (tiles_o * width + band_bytes)
-        steps = passes * -(-chunks // tile.slice)
-        blocks, repeats = map.blocks * blocks_o * groups, float(blocks_i)
-    elif kernel.family == "coefficient_gradient":
-        products = units * kernel.ranks * (chunks + tiles_o)
-        reads = units * (chunks + tiles_o) + kernel.ranks * chunks
-        loads = halo_bytes + units * tile.warps * tiles_o * width + kernel.ranks * band_bytes
-        steps = -(-chunks // tile.slice)
-        blocks = passes * blocks_i * blocks_o * groups * count
-        repeats = map.blocks / count
-    else:
-        piece = min(_PIECE, chunks)
-        products = units * kernel.ranks * (piece + tiles_o * blocks_o)
-        reads = units * piece + (units + kernel.ranks) * tiles_o * blocks_o
-        loads = halo_bytes
-        loads += (units * tile.warps + kernel.ranks) * tiles_o * blocks_o * width
-        steps = blocks_o
-        blocks = passes * basis_pieces(map) * count
-        repeats = map.blocks * blocks_i * groups / count
-    resident = max(1, min(8 // tile.warps, shared_memory(problem) // tile.shared_bytes))
-    busy = min(1.0, tile.warps * resident / 8)  # two warps to each of the four schedulers
-    arithmetic = 2 * products * tile.warps * _PRODUCT_CLOCKS[kernel.number] / busy
-    traffic = reads * tile.warps * width / _SHARED_BYTES
-    parts = (arithmetic, traffic, loads / _GLOBAL_BYTES)
-    clocks = max(parts) + _UNHIDDEN * (sum(parts) - max(parts)) + steps * _STEP_CLOCKS / resident
-    waves = -(-blocks // problem.device.processors)
-    return waves * (repeats * clocks + _SETUP_CLOCKS / resident) / _CLOCK
+        blocks = map.blocks * blocks_o * groups
+        return _Loop(
+            products=products,
+            read=units * chunks * passes + rank * (chunks + tiles_o),
+            loaded=halo + rank * (tiles_o + streamed) * width,
+            steps=passes * slices,
+            blocks=blocks,
+            items=blocks_i,
+            stored=outputs * tiles_o * width,
+            total=products * blocks * blocks_i,
+        )
+    if kernel.family == "coefficient_gradient":
+        return _Loop(
+            products=units * ranks * (chunks + tiles_o),
+            read=units * (chunks + tiles_o) + ranks * chunks,
+            loaded=halo + (outputs * tiles_o + ranks * streamed) * width,
+            steps=slices,
+            blocks=passes * blocks_i * blocks_o * groups * count,
+            items=-(-map.blocks // count),
+            stored=4 * ranks * _CHANNELS * kernel.outputs,
+            total=units * rank * (chunks + tiles_o) * map.blocks * blocks_i * blocks_o * groups,
+        )
+    piece, pieces, tiles_o = min(_PIECE, chunks), basis_pieces(map), -(-size_o // 16)
+    work = map.blocks * blocks_i * groups
+    return _Loop(
+        products=units * ranks * (piece + tiles_o),
+        read=units * piece + (units + ranks) * tiles_o,
+        loaded=halo + (outputs + ranks) * tiles_o * width,
+        steps=blocks_o,
+        blocks=passes * pieces * count,
+        items=-(-work // count),
+        stored=4 * ranks * problem.geometry.taps,
+        total=units * rank * (chunks + pieces * tiles_o) * work,
+    )
+
+
+def works(problem: Problem, tile: Tile) -> list[Work]:
+    """What the launches of an operator execute."""
+    return _works(problem, tile, map_of(problem, tile.unit, tile.grid))
+
+
+_PRODUCT = 16**3  # multiply-adds of a product of two 16x16 operands
+_SHUFFLED = 128 * 128  # bytes of the 128 shuffles that fetch the operands of such a product in IEEE
+
+
+def _works(problem: Problem, tile: Tile, map: Map) -> list[Work]:
+    kernel = tile.kernel
+    width = _TILE * (2 if kernel.number == "half" else 4)
+    count, atomic = _shares(problem, kernel, map)
+    loop = _loop(problem, tile, map, count, width)
+    shuffled = _SHUFFLED * loop.products if kernel.number == "ieee" else 0
+    # A single halo, or one read element by element, is waited for by itself.
+    alone = tile.stages == 1 or not problem.aligned
+    room = figures(problem.device).shared_memory // (tile.shared_bytes + 1024)
+    size_i, size_o = channels(problem)
+    bands = packed = 0
+    if kernel.family != "basis_gradient":
+        bands = map.units.bands * problem.rank * map.chunks * width
+    if kernel.family != "coefficient_gradient":
+        padded = _up(size_o, kernel.outputs if kernel.family == "basis_conv" else 16)
+        packed = problem.geometry.groups * -(-size_i // 16) * problem.rank * (padded // 16) * width
+    slices = count * (basis_pieces(map) if kernel.family == "basis_gradient" else 1)
+    before, dram, after = cost.around(problem, bands, packed, slices, atomic)
+    main = Work(
+        number=kernel.number,
+        multiply_adds=_PRODUCT * tile.warps * loop.total,
+        dram=dram,
+        blocks=loop.blocks,
+        warps=tile.warps,
+        resident=max(1, min(8 // tile.warps, room)),
+        products=_PRODUCT * tile.warps * loop.products * loop.items,
+        shared=loop.items * (tile.warps * (loop.read * width + shuffled) + loop.loaded),
+        cache=loop.items * loop.loaded + loop.stored,
+        steps=loop.items * (loop.steps + alone),
+    )
+    return [before, main, *after]
 
 
 def _splits(total: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -327,7 +377,7 @@ def _maps(problem: Problem, warps: int, needed: bool) -> list[Map]:
     return sorted(maps, key=lambda map: map.blocks * (weight * (map.chunks + 4) + map.halo))
 
 
-def _tiles(problem: Problem, kernel: Kernel, maps: list[Map]) -> Iterator[Tile]:
+def _tiles(problem: Problem, kernel: Kernel, maps: list[Map]) -> Iterator[tuple[Tile, Map]]:
     """Tiles on the first of `maps` that fit in shared memory."""
     limit = shared_memory(problem)
     found = 0
@@ -343,7 +393,7 @@ def _tiles(problem: Problem, kernel: Kernel, maps: list[Map]) -> Iterator[Tile]:
             for index, length in enumerate(lengths):
                 size = shared_bytes(problem, kernel, map, length, stages)
                 if size <= limit:
-                    yield Tile(kernel, unit, map.grid, length, stages, size)
+                    yield Tile(kernel, unit, map.grid, length, stages, size), map
                     fits = True
                     if index > 0:
                         break
@@ -357,13 +407,13 @@ def choose(problem: Problem) -> tuple[Tile, float] | None:
     """The tile with the least estimated time, and that time in seconds; None if no tile fits."""
     kernels = [k for k in ALL if (k.family, k.number) == (family(problem), number(problem))]
     for needed in (True, False):
-        tiles = []
+        tiles: list[tuple[Tile, Map]] = []
         for warps in _WARPS:
             maps = _maps(problem, warps, needed)
-            tiles += [tile for kernel in kernels for tile in _tiles(problem, kernel, maps)]
+            tiles += [pair for kernel in kernels for pair in _tiles(problem, kernel, maps)]
         if tiles:
             break
-    priced = ((tile, seconds(problem, tile)) for tile in tiles)
+    priced = ((tile, cost.seconds(_works(problem, tile, map), problem.device)) for tile, map in tiles)
     return min(priced, key=lambda pair: pair[1], default=None)
 
 

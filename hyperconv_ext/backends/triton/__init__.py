@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from ...problem import Device, Problem
+from ...problem import Device, Plan, Problem
+from .. import cost
 from . import tiles
 
 ALGORITHMS = ("basis", "direct")
@@ -76,6 +77,11 @@ def configure(problem: Problem, algorithm: str) -> tuple[tiles.Tile, float]:
     """The tile and its estimated seconds; infinite in the interpreter, which is for tests."""
     tile, seconds = tiles.choose(problem, algorithm)
     return tile, math.inf if problem.device.kind == "cpu" else seconds
+
+
+def flops(plan: Plan) -> float:
+    """Operations that the planned launches execute."""
+    return cost.flops(tiles.works(plan.problem, plan.tile))
 
 
 def _deferred(name: str) -> Any:

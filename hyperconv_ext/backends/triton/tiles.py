@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...problem import Problem
+from .. import cost
+from ..cost import Work
+from ..figures import Number, number
 from ..lattice import Lattice, best_lattice
 from ..shares import basis_shares, coefficient_shares
 
 Kernel = Literal["basis", "direct", "coefficients", "basis_gradient"]
-Number = Literal["half", "tf32", "ieee"]
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,6 @@ def index_limit(problem: Problem, algorithm: str) -> str:
     return ""
 
 
-def number(problem: Problem) -> Number:
-    """The arithmetic of the products: 16-bit operands, TF32, or IEEE float32."""
-    if problem.dtype in ("float16", "bfloat16"):
-        return "half"
-    return "tf32" if problem.tf32 else "ieee"
-
-
 def kernel_of(problem: Problem, algorithm: str) -> Kernel:
     """The kernel that computes an operator; the coefficient and basis gradients have one each."""
     if problem.op == "basis_conv_bwd_coeff":
@@ -209,61 +204,127 @@ def fits(problem: Problem, tile: Tile) -> bool:
     return not tile.resident or lattice_of(problem, tile).patch <= tile.patch
 
 
-# Per multiprocessor and clock: multiply-adds of dense products, and bytes from the caches. Leads from
-# data sheets for ranking tiles against each other, not promises of speed.
-_MULTIPLY_ADDS: dict[Number, int] = {"half": 1024, "tf32": 512, "ieee": 128}
-_CACHE_BYTES = 48
-_CLOCK = 1.7e9
-_STEP_CLOCKS = 150  # barriers and latency that one pass of an inner loop does not hide
+class _Loop(NamedTuple):
+    """A program's outer loop.
+
+    Of one item: multiply-adds of `products` and of W as it is `built`, bytes `loaded` and through
+    `shared` memory, `steps`. `programs`, the `items` of the busiest and the bytes that it `stored`;
+    items in `total`.
+    """
+
+    products: int
+    loaded: int
+    shared: int
+    steps: int
+    programs: int
+    items: int
+    total: int
+    stored: int
+    built: int = 0
 
 
-def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated time of one launch: per step the slower of arithmetic and cache traffic."""
-    lattice = lattice_of(problem, tile)
-    groups = problem.geometry.groups
+def _loop(problem: Problem, tile: Tile, lattice: Lattice, count: int) -> _Loop:
+    """With the sum over outputs in `count` shares."""
+    groups, rank, warps = problem.geometry.groups, problem.rank, tile.warps
     size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
     if problem.op == "basis_conv_bwd_input":
         size_i, size_o = size_o, size_i
-    width = 2 if tile.number == "half" else 4
-    rate = _MULTIPLY_ADDS[tile.number]
-    rows = tile.units * tile.positions
     blocks_i, blocks_o = -(-size_i // tile.channels), -(-size_o // tile.outputs)
     blocks_u = lattice.phases * -(-lattice.units // tile.units)
-    product = rows * tile.channels * tile.outputs
-    traffic: float
+    chunks = padded_patch(lattice, tile) // tile.patch
+    # Multiply-adds of the two products, bytes of their operands.
+    rows = tile.units * tile.positions
+    product, banded = rows * tile.channels * tile.outputs, rows * tile.patch * tile.channels
+    width = 2 if tile.number == "half" else 4
+    patch = width * tile.units * tile.patch * tile.channels
+    band, bands = width * tile.positions * tile.patch, width * rows * tile.patch
+    weight, response = width * tile.channels * tile.outputs, width * rows * tile.channels
+    grad = width * rows * tile.outputs
     if tile.kernel == "direct":
-        steps = blocks_i * lattice.patch
-        built = tile.channels * tile.outputs * tile.rank
-        clocks = product / rate + 2 * built / _MULTIPLY_ADDS["ieee"]
-        traffic = width * (rows * tile.channels + built)
-        programs = blocks_u * blocks_o * groups
-    else:
-        chunks = padded_patch(lattice, tile) // tile.patch
-        banded = rows * tile.patch * tile.channels
-        patch_bytes = width * tile.units * tile.patch * tile.channels
-        weight_bytes = width * tile.channels * tile.outputs
-        band_bytes = width * tile.positions * tile.patch
-        grad_bytes = width * rows * tile.outputs
-        if tile.kernel == "basis":
-            steps = blocks_i * problem.rank
-            reads = patch_bytes / problem.rank if tile.resident else patch_bytes * chunks
-            clocks = (banded * chunks + product) / rate
-            traffic = reads + band_bytes * chunks + weight_bytes
-            programs = blocks_u * blocks_o * groups
-        elif tile.kernel == "coefficients":
-            steps = blocks_u
-            clocks = (banded * chunks + product) / rate
-            traffic = (patch_bytes + band_bytes) * chunks + grad_bytes
-            programs = problem.rank * blocks_i * blocks_o * groups
-        else:
-            steps = blocks_u * blocks_i * groups
-            clocks = (banded + product * blocks_o) / rate
-            traffic = patch_bytes + (grad_bytes + weight_bytes) * blocks_o
-            programs = problem.rank * chunks
-    step = max(clocks, traffic / _CACHE_BYTES) + _STEP_CLOCKS
-    if tile.kernel in ("basis", "direct"):
-        return -(-programs // problem.device.processors) * steps * step / _CLOCK
-    return max(1.0, programs / problem.device.processors * steps) * step / _CLOCK
+        taps, programs = lattice.patch, blocks_u * blocks_o * groups
+        return _Loop(
+            products=taps * product,
+            loaded=taps * (response + tile.rank * weight),
+            shared=taps * (2 * response + (1 + warps) * weight),
+            steps=taps,
+            programs=programs,
+            items=blocks_i,
+            total=programs * blocks_i,
+            stored=grad,
+            built=taps * tile.channels * tile.outputs * tile.rank,
+        )
+    if tile.kernel == "basis":
+        streams, programs = chunks if tile.resident else rank * chunks, blocks_u * blocks_o * groups
+        return _Loop(
+            products=rank * (banded * chunks + product),
+            loaded=streams * patch + rank * (chunks * band + weight),
+            shared=2 * streams * patch + rank * (chunks * (band + bands) + (1 + warps) * weight),
+            steps=rank + 1 if tile.resident else rank * (chunks + 1),
+            programs=programs,
+            items=blocks_i,
+            total=programs * blocks_i,
+            stored=grad,
+        )
+    if tile.kernel == "coefficients":
+        programs = rank * blocks_i * blocks_o * groups
+        return _Loop(
+            products=banded * chunks + product,
+            loaded=chunks * (patch + band) + grad,
+            shared=chunks * (2 * patch + band + bands) + 2 * grad + (1 + warps) * response,
+            steps=chunks + 1,
+            programs=programs * count,
+            items=-(-blocks_u // count),
+            total=programs * blocks_u,
+            stored=4 * tile.channels * tile.outputs,
+        )
+    work = blocks_u * blocks_i * groups
+    return _Loop(
+        products=banded + product * blocks_o,
+        loaded=patch + blocks_o * (grad + weight),
+        shared=2 * patch + 2 * response + blocks_o * (2 * grad + (1 + warps) * weight),
+        steps=blocks_o + 1,
+        programs=rank * chunks * count,
+        items=-(-work // count),
+        total=rank * chunks * work,
+        stored=4 * problem.geometry.taps,
+    )
+
+
+def works(problem: Problem, tile: Tile) -> list[Work]:
+    """What the launches of an operator execute, if Triton multiplies by `mma.sync`."""
+    lattice, groups = lattice_of(problem, tile), problem.geometry.groups
+    patch_size = padded_patch(lattice, tile)
+    count, slices, atomic = 1, 1, False
+    if tile.kernel == "coefficients":
+        count, atomic = split_coefficients(problem, tile)
+        slices = count
+    elif tile.kernel == "basis_gradient":
+        count = split_basis(problem, tile)
+        slices = count * (patch_size // tile.patch)
+    loop = _loop(problem, tile, lattice, count)
+    width = 2 if tile.number == "half" else 4
+    bands = packed = 0
+    if tile.kernel != "basis_gradient":
+        element = 4 if tile.kernel == "direct" else width
+        bands = element * lattice.bands * problem.rank * tile.positions * patch_size
+    if tile.kernel != "coefficients":
+        rank = tile.rank if tile.kernel == "direct" else problem.rank
+        packed = width * problem.in_channels * problem.out_channels // groups * rank
+    before, dram, after = cost.around(problem, bands, packed, slices, atomic)
+    main = Work(
+        number=tile.number,
+        multiply_adds=loop.total * (loop.products + loop.built),
+        dram=dram,
+        blocks=loop.programs,
+        warps=tile.warps,
+        resident=max(1, 8 // tile.warps),  # by their registers
+        products=loop.items * loop.products,
+        scalars=loop.items * 2 * loop.built,  # a coefficient is widened, then multiplied and added
+        shared=loop.items * loop.shared,
+        cache=loop.items * loop.loaded + loop.stored,
+        steps=loop.items * loop.steps,
+    )
+    return [before, main, *after]
 
 
 @lru_cache(maxsize=4096)
@@ -271,7 +332,8 @@ def choose(problem: Problem, algorithm: str) -> tuple[Tile, float]:
     """The tile with the least estimated time, and that time in seconds."""
     kernel = kernel_of(problem, algorithm)
     candidates = [tile for tile in ALL if tile.kernel == kernel and fits(problem, tile)]
-    return min(((tile, seconds(problem, tile)) for tile in candidates), key=lambda pair: pair[1])
+    priced = ((tile, cost.seconds(works(problem, tile), problem.device)) for tile in candidates)
+    return min(priced, key=lambda pair: pair[1])
 
 
 def split_coefficients(problem: Problem, tile: Tile) -> tuple[int, bool]:

@@ -1,0 +1,134 @@
+"""What the fused backends are to reach on a GPU of the H200's class, and whether they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from . import shapes
+from .records import (
+    CONV,
+    PHASE_NAMES,
+    PHASES,
+    Cells,
+    Record,
+    Row,
+    compared,
+    geometric_mean,
+    memory_saving,
+    speedup,
+)
+from .shapes import Shape
+
+BACKENDS = ("cuda", "triton")
+BASELINES = ("hypernet+conv", "hypernet+conv compiled")
+_TIER = ("bf16", 4)
+_CHANNELS = 64
+CLASSES = ("k=3", "k=5", "k=7", "k=11", "k>=15", "3-D k=5")
+# Speed-ups over nn.ConvNd in its better layout.
+TARGETS = {
+    "forward": dict(zip(CLASSES, (1.0, 1.8, 3.0, 5.0, 8.0, 4.0), strict=True)),
+    "step": dict(zip(CLASSES, (0.9, 1.5, 2.5, 4.0, 6.0, 3.0), strict=True)),
+}
+
+
+def class_of(shape: Shape) -> str:
+    """The class that has a goal of its own, or ''."""
+    if min(shape.in_channels, shape.out_channels) < _CHANNELS:
+        return ""
+    kernel = max(shape.kernel_size)
+    name = f"k={kernel}" if kernel < 15 else "k>=15"
+    name = {2: name, 3: f"3-D {name}"}.get(shape.dims, "")
+    return name if name in CLASSES else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal: `target` or more of each of `ratios`. The suite has `rows` such rows."""
+
+    name: str
+    target: float
+    ratios: dict[Row, float]
+    failures: tuple[Row, ...]
+    rows: int
+
+    @property
+    def missed(self) -> dict[Row, float]:
+        """The rows below the target, a failure with ratio 0."""
+        low = {row: ratio for row, ratio in self.ratios.items() if ratio < self.target}
+        return low | dict.fromkeys(self.failures, 0.0)
+
+    @property
+    def status(self) -> str:
+        if not self.ratios and not self.failures:
+            return "not measured"
+        return "missed" if self.missed else "met"
+
+    @property
+    def text(self) -> str:
+        """Status, geometric mean and worst row; and how many rows were measured, where not all."""
+        if self.status == "not measured":
+            return self.status
+        parts = [self.status]
+        if self.ratios:
+            worst = min(self.ratios.values())
+            parts.append(f"{geometric_mean(self.ratios.values()):.2f}x, worst {worst:.2f}x")
+        if self.failures:
+            parts.append(f"{len(self.failures)} failed")
+        if (known := len(self.ratios) + len(self.failures)) < self.rows:
+            parts.append(f"{known} of {self.rows} rows")
+        return ": ".join(parts[:2]) + "".join(f" ({part})" for part in parts[2:])
+
+    def misses(self) -> list[str]:
+        """A line for each row that missed the target, the worst first."""
+        return [
+            f"{self.name}: {row.name}: "
+            + (f"{ratio:.2f}x, {self.target - ratio:.2f} short" if ratio else "failed")
+            for row, ratio in sorted(self.missed.items(), key=lambda item: item[1])
+        ]
+
+
+def _verdict(
+    records: Iterable[Record],
+    name: str,
+    target: float,
+    pair: tuple[str, str],
+    admits: Callable[[Row], bool],
+    ratio: Callable[[Cells, str, str], float | None] = speedup,
+) -> Verdict:
+    """On `ratio` of the `pair` (backend, baseline) in the rows that `admits` takes."""
+    planned = [Row(shape, dtype, phase) for shape, dtype in shapes.GPU for phase in PHASES]
+    rows = {row: cells for row, cells in compared(records).items() if admits(row)}
+    ratios = {row: value for row, cells in rows.items() if (value := ratio(cells, *pair)) is not None}
+    backend = pair[0]
+    failed = tuple(row for row, cells in rows.items() if backend in cells and cells[backend].failure)
+    return Verdict(name, target, ratios, failed, sum(map(admits, planned)))
+
+
+def by_class(records: Sequence[Record], backend: str, phase: str) -> list[Verdict]:
+    """The verdict on each of `CLASSES` of `backend` against nn.ConvNd."""
+
+    def verdict(kind: str, target: float) -> Verdict:
+        def admits(row: Row) -> bool:
+            return row.tier == _TIER and row.phase == phase and class_of(row.shape) == kind
+
+        name = f"{backend}, {PHASE_NAMES[phase]}, {kind}"
+        return _verdict(records, name, target, (backend, CONV), admits)
+
+    return [verdict(kind, target) for kind, target in TARGETS[phase].items()]
+
+
+def everywhere(records: Sequence[Record], backend: str) -> list[Verdict]:
+    """Ahead of building W in every row, and no training step that takes more memory than nn.ConvNd's."""
+
+    def step(row: Row) -> bool:
+        return row.tier == _TIER and row.phase == "step"
+
+    ahead = [
+        _verdict(
+            records, f"{backend} against {other}", 1.0, (backend, other), lambda row: row.tier == _TIER
+        )
+        for other in BASELINES
+    ]
+    name = f"{backend}, peak memory of a training step against nn.Conv"
+    return [*ahead, _verdict(records, name, 1.0, (backend, CONV), step, memory_saving)]
