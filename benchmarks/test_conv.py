@@ -62,6 +62,8 @@ def _measured(
         Failed: the gate found a wrong result.
         Skipped: the backend cannot compute this, or not worth timing.
     """
+    if entry.compiled and (reason := machine.why_no_compiler(case.device)):
+        pytest.skip(reason)
     phase = labels.phase
     layer = case.layer(entry)
     input = arrange(case.input, entry.layout).clone()
