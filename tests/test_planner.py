@@ -19,7 +19,8 @@ from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.planner import PlanError
 from hyperconv_ext.problem import OPS, Device, Op, Problem
 
-H200 = Device("cuda", 90, 132)
+from .planning import GPU_SHAPES, H200, problem, shaped
+
 NOT_BUILT = "the CUDA extension is not built"
 
 
@@ -45,40 +46,6 @@ def hosted(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA library that executes the kernels on the CPU."""
     monkeypatch.setattr(library, "reason", lambda: "")
     monkeypatch.setattr(library, "executes_on_cpu", lambda: True)
-
-
-def problem(
-    channels: int = 64,
-    size: int = 56,
-    kernel: int = 7,
-    rank: int = 5,
-    op: Op = "basis_conv_fwd",
-    **changes: object,
-) -> Problem:
-    geometry = Geometry.conv((size, size), (kernel, kernel), (1, 1), "same", (1, 1), 1)
-    plain = Problem(op, geometry, 32, channels, channels, rank, "bfloat16", H200, aligned=True)
-    return dataclasses.replace(plain, **changes)
-
-
-def shaped(
-    shape: shapes.Shape,
-    op: Op,
-    dtype: str = "bfloat16",
-    tf32: bool = False,
-    aligned: bool = True,
-    device: Device = H200,
-) -> Problem:
-    """An operator on a benchmark's shape."""
-    spread = tuple((n,) * len(shape.size) for n in (shape.stride, shape.dilation))
-    geometry = Geometry.conv(
-        shape.size, shape.kernel_size, spread[0], shape.padding, spread[1], shape.groups
-    )
-    channels = shape.in_channels, shape.out_channels
-    rank = shape.num_features + 1
-    return Problem(op, geometry, shape.batch, *channels, rank, dtype, device, aligned, tf32)
-
-
-GPU_SHAPES = tuple(dict.fromkeys(shape for shape, _ in shapes.GPU))
 
 
 @pytest.mark.parametrize("op", OPS)

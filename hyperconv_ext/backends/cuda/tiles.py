@@ -318,6 +318,8 @@ def _works(problem: Problem, tile: Tile, map: Map) -> list[Work]:
     count, atomic = _shares(problem, kernel, map)
     loop = _loop(problem, tile, map, count, width)
     shuffled = _SHUFFLED * loop.products if kernel.number == "ieee" else 0
+    # A single halo, or one read element by element, is waited for by itself.
+    alone = tile.stages == 1 or not problem.aligned
     room = figures(problem.device).shared_memory // (tile.shared_bytes + 1024)
     main = Work(
         number=kernel.number,
@@ -328,7 +330,7 @@ def _works(problem: Problem, tile: Tile, map: Map) -> list[Work]:
         products=_PRODUCT * tile.warps * loop.products * loop.items,
         shared=loop.items * (tile.warps * (loop.read * width + shuffled) + loop.loaded),
         cache=loop.items * loop.loaded + loop.stored,
-        steps=loop.items * (loop.steps + (tile.stages == 1)),  # a single halo has a wait of its own
+        steps=loop.items * (loop.steps + alone),
     )
     size_i, size_o = channels(problem)
     bands = packed = 0

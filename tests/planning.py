@@ -1,0 +1,47 @@
+"""Problems as numbers, and GPUs that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks import shapes
+from hyperconv_ext.geometry import Geometry
+from hyperconv_ext.problem import Device, Op, Problem
+
+A100 = Device("cuda", 80, 108)
+H200 = Device("cuda", 90, 132)
+B200 = Device("cuda", 100, 148)
+
+
+def problem(
+    channels: int = 64,
+    size: int = 56,
+    kernel: int = 7,
+    rank: int = 5,
+    op: Op = "basis_conv_fwd",
+    **changes: object,
+) -> Problem:
+    geometry = Geometry.conv((size, size), (kernel, kernel), (1, 1), "same", (1, 1), 1)
+    plain = Problem(op, geometry, 32, channels, channels, rank, "bfloat16", H200, aligned=True)
+    return dataclasses.replace(plain, **changes)
+
+
+def shaped(
+    shape: shapes.Shape,
+    op: Op,
+    dtype: str = "bfloat16",
+    tf32: bool = False,
+    aligned: bool = True,
+    device: Device = H200,
+) -> Problem:
+    """An operator on a benchmark's shape."""
+    spread = tuple((n,) * len(shape.size) for n in (shape.stride, shape.dilation))
+    geometry = Geometry.conv(
+        shape.size, shape.kernel_size, spread[0], shape.padding, spread[1], shape.groups
+    )
+    channels = shape.in_channels, shape.out_channels
+    rank = shape.num_features + 1
+    return Problem(op, geometry, shape.batch, *channels, rank, dtype, device, aligned, tf32)
+
+
+GPU_SHAPES = tuple(dict.fromkeys(shape for shape, _ in shapes.GPU))
