@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         for backend in goals.BACKENDS:
             verdicts = goals.by_class(counted, backend, phase)
             table.append([backend, *(verdict.text for verdict in verdicts)])
-            misses += [line for verdict in verdicts for line in verdict.misses()]
+            misses += chain.from_iterable(verdict.misses() for verdict in verdicts)
         lines += ["", *tables.markdown(table, labels=1)]
     table = [["everywhere", "ratio (>= 1)"]]
     for backend in goals.BACKENDS:
@@ -100,7 +101,7 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
             misses += verdict.misses()
     lines += ["", *tables.markdown(table, labels=1)]
     if misses:
-        lines += ["", "Missed:", "", *(f"- {line}" for line in misses)]
+        lines += ["", "Missed:", "", *misses]
     return lines
 
 
