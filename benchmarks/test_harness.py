@@ -323,6 +323,7 @@ def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ceilings, "_fastest", fastest)
     found = ceilings.Ceilings(torch.device("cpu"))
+    assert found.to_json() == {"bytes_per_second": None, "flops_per_second": {}}
     for _ in range(2):
         assert found.bandwidth == 4 * 2**27
         assert found.rate("bf16") == 4 * 1024**3

@@ -247,6 +247,16 @@ def test_report_of_a_cpu_holds_ratios_only() -> None:
     assert text.count("not measured") == 2 * 2 * len(goals.CLASSES) + 2 * 3
 
 
+def test_report_of_a_run_in_which_everything_failed(tmp_path: Path) -> None:
+    source = tmp_path / "any.json"
+    failed = [replace(r, seconds=None, spread=None, failure="lost") for r in _records()]
+    for found in (failed, []):
+        source.write_text(json.dumps(_document(found)))
+        report.write(source, tmp_path)
+        text = (tmp_path / "report.md").read_text()
+        assert text.count(": lost\n") == len(found) and "x ±" not in text
+
+
 def test_plots_are_a_function_of_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = [*_records(), *_records(replace(_A, num_features=16)), *_records(phase="step")]
