@@ -157,7 +157,7 @@ GPU: tuple[Entry, ...] = tuple(
 SMALL = (
     *(_cube("resnet", 2, 4, (16, 16), 28, k) for k in (3, 7)),
     _cube("unet", 2, 2, (1, 8), 64, 5),
-    _cube("large", 2, 1, (8, 8), 28, 31),
+    _cube("large", 2, 1, (16, 16), 28, 31),
     _cube("volume", 3, 1, (8, 8), 16, 5),
     _cube("sequence", 1, 2, (16, 16), 1024, 31),
     _cube("tiny", 2, 8, (8, 8), 14, 5),
