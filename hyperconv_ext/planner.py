@@ -41,6 +41,10 @@ def prefers_dense(device_kind: str, taps: int, out_channels: int, rank: int) -> 
     composite R * (K + C_out), each of which costs it more, since z travels through memory. Measured
     on one x86 core (forward and training step, 16 to 128 channels, k = 3 to 31) the composite won
     both ways from a ratio of about 7 on, or with more than 400 taps.
+
+    On 22 other shapes in one to three dimensions this picked the faster way, or one within 10% of it, in
+    38 of 44 rows. Of the other six, four are inference in 1-D and 3-D, up to 2.4 times faster by the
+    composite where the training step mostly is not.
     """
     if device_kind == "cuda":
         return False

@@ -35,13 +35,11 @@ def shaped(
     device: Device = H200,
 ) -> Problem:
     """An operator on a benchmark's shape."""
-    spread = tuple((n,) * len(shape.size) for n in (shape.stride, shape.dilation))
-    geometry = Geometry.conv(
-        shape.size, shape.kernel_size, spread[0], shape.padding, spread[1], shape.groups
-    )
+    stride, dilation = (shape.stride,) * shape.dims, (shape.dilation,) * shape.dims
+    sizes = (shape.size, shape.kernel_size, stride, shape.padding, dilation)
+    geometry = Geometry.conv(*sizes, shape.groups)
     channels = shape.in_channels, shape.out_channels
-    rank = shape.num_features + 1
-    return Problem(op, geometry, shape.batch, *channels, rank, dtype, device, aligned, tf32)
+    return Problem(op, geometry, shape.batch, *channels, shape.rank, dtype, device, aligned, tf32)
 
 
 GPU_SHAPES = tuple(dict.fromkeys(shape for shape, _ in shapes.GPU))

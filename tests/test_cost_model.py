@@ -89,6 +89,13 @@ def test_a_stream_takes_its_bytes() -> None:
     assert cost.seconds([Work(), Work()], H200) == pytest.approx(2 * idle)
 
 
+def test_every_launch_waits_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cost.seconds([Work(), Work()], H200)
+    slow = dataclasses.replace(figures(H200), launch=1 + figures(H200).launch)
+    monkeypatch.setattr(cost, "figures", lambda device: slow)
+    assert cost.seconds([Work(), Work()], H200) == pytest.approx(2 + before)
+
+
 def test_products_take_their_rate() -> None:
     machine = figures(H200)
     products = machine.products.half * machine.clock
@@ -192,9 +199,9 @@ def test_estimate_counts_every_launch() -> None:
 # Operations.
 
 
-def _exact(op: Op, dtype: str, tf32: bool) -> Problem:
-    """Sizes that every tile divides: no block, channel or patch is padded but by the bands' zeros."""
-    geometry = Geometry.conv((64, 64), (7, 7), (1, 1), "same", (1, 1), 1)
+def _exact(kernel: int, op: Op, dtype: str, tf32: bool) -> Problem:
+    """Sizes that every tile divides: nothing is padded but rows of the bands."""
+    geometry = Geometry.conv((64, 64), (kernel, kernel), (1, 1), "same", (1, 1), 1)
     return Problem(op, geometry, 32, 128, 128, 8, dtype, H200, aligned=True, tf32=tf32)
 
 
@@ -204,7 +211,8 @@ def _multiply_adds(plan: Plan) -> int:
     A row of its band for each block of outputs, and each output; of the basis gradient the row, and each
     output for each piece of it.
     """
-    tile, rank, taps = plan.tile, plan.problem.rank, 49
+    tile, rank, taps = plan.tile, plan.problem.rank, plan.problem.geometry.taps
+    reach = plan.problem.geometry.kernel_size[0] - 1
     places = 32 * 64 * 64 * 128
     if plan.backend == "composite":
         return places * rank * (taps + 128)
@@ -212,12 +220,12 @@ def _multiply_adds(plan: Plan) -> int:
         blocks = 32 * 64 * 64 // tile.units
         return places * taps * 128 + blocks * taps * 128 * 128 * tile.rank
     if plan.backend == "cuda":
-        shape = [unit + 6 for unit in tile.unit[1:]]
+        shape = [unit + reach for unit in tile.unit[1:]]
         row, piece = -(-prod(shape) // 16) * 16, 128
         outputs = tile.kernel.outputs
     else:
         lattice = triton_tiles.lattice_of(plan.problem, tile)
-        row = -(-prod(axis.tile + 6 for axis in lattice.axes[1:]) // tile.patch) * tile.patch
+        row = -(-prod(axis.tile + reach for axis in lattice.axes[1:]) // tile.patch) * tile.patch
         piece, outputs = tile.patch, tile.outputs
     if plan.problem.op == "basis_conv_bwd_basis":
         return places * rank * (row + 128 * -(-row // piece))
@@ -226,11 +234,12 @@ def _multiply_adds(plan: Plan) -> int:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kernel", [7, 11])  # with 11 the patch has two pieces
 @pytest.mark.parametrize(("backend", "algorithm"), ALGORITHMS)
 def test_operations_of_sizes_that_tiles_divide(
-    backend: str, algorithm: str, op: Op, format: str
+    backend: str, algorithm: str, kernel: int, op: Op, format: str
 ) -> None:
-    plan = planner.plan(_exact(op, *FORMATS[format]), backend, algorithm)
+    plan = planner.plan(_exact(kernel, op, *FORMATS[format]), backend, algorithm)
     assert BACKENDS[backend].flops(plan) == 2 * _multiply_adds(plan)
 
 
