@@ -1,5 +1,6 @@
 // The coordinate MLP, phi_n(k) = feature n at the coordinates of tap k: all layers in one launch forward,
-// one launch backward. A warp evaluates one tap, its lanes share the features of a layer; sums in float32.
+// one launch backward. A warp evaluates one tap.
+#include "coordinate_mlp.cuh"
 #include "launch.cuh"
 
 namespace hyperconv {
@@ -8,86 +9,15 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-__device__ float activate(float h, const MlpArguments& p) {
-  switch (p.activation) {
-    case Activation::kLeakyRelu:
-      return h > 0 ? h : p.slope * h;
-    case Activation::kRelu:
-      return h > 0 ? h : 0.0f;
-    case Activation::kGelu:
-      return 0.5f * h * (1.0f + erff(h * 0.70710678118654752f));  // 1 / sqrt(2)
-    case Activation::kSilu:
-      return h / (1.0f + expf(-h));
-    case Activation::kTanh:
-      return tanhf(h);
-    case Activation::kSine:
-      return sinf(h);
-  }
-  return h;
-}
-
-// The derivative of `activate` at h.
-__device__ float activation_slope(float h, const MlpArguments& p) {
-  switch (p.activation) {
-    case Activation::kLeakyRelu:
-      return h > 0 ? 1.0f : p.slope;
-    case Activation::kRelu:
-      return h > 0 ? 1.0f : 0.0f;
-    case Activation::kGelu:  // 1 / sqrt(2), 1 / sqrt(2 pi)
-      return 0.5f * (1.0f + erff(h * 0.70710678118654752f)) +
-             h * 0.39894228040143268f * expf(-0.5f * h * h);
-    case Activation::kSilu: {
-      const float s = 1.0f / (1.0f + expf(-h));
-      return s * (1.0f + h * (1.0f - s));
-    }
-    case Activation::kTanh: {
-      const float t = tanhf(h);
-      return 1.0f - t * t;
-    }
-    case Activation::kSine:
-      return cosf(h);
-  }
-  return 1.0f;
-}
-
-// What one warp knows of one tap, in shared memory: `value`[0] the coordinates, `value`[n + 1] the
-// output of layer n, `slope`[n + 1] the derivative of its activation.
-struct Tap {
-  float value[kMaxLayers + 1][kMaxWidth];
-  float slope[kMaxLayers + 1][kMaxWidth];
-  float delta[2][kMaxWidth];
-};
-
-template <typename T>
-__device__ void evaluate(const MlpArguments& p, int k, Tap& tap) {
-  const int lane = threadIdx.x % 32;
-  const float* coordinates = p.coordinates + k * p.widths[0];
-  for (int i = lane; i < p.widths[0]; i += 32) tap.value[0][i] = coordinates[i];
-  __syncwarp();
-  for (int n = 0; n < p.layers; ++n) {
-    const T* weight = static_cast<const T*>(p.weight[n]);
-    const T* bias = static_cast<const T*>(p.bias[n]);
-    for (int o = lane; o < p.widths[n + 1]; o += 32) {
-      float h = ptx::to_float(bias[o]);
-      for (int i = 0; i < p.widths[n]; ++i) {
-        h += ptx::to_float(weight[o * p.widths[n] + i]) * tap.value[n][i];
-      }
-      tap.value[n + 1][o] = activate(h, p);
-      tap.slope[n + 1][o] = activation_slope(h, p);
-    }
-    __syncwarp();
-  }
-}
-
 template <typename T>
 __global__ __launch_bounds__(kThreads, 1) void coordinate_mlp_kernel(
     const __grid_constant__ MlpArguments p, float* basis, bool constant) {
   const int warp = threadIdx.x / 32, k = blockIdx.x * kWarps + warp;
   if (k >= p.taps) return;
-  Tap& tap = reinterpret_cast<Tap*>(ptx::dynamic_shared())[warp];
+  Features& tap = reinterpret_cast<Features*>(ptx::dynamic_shared())[warp];
   evaluate<T>(p, k, tap);
   const int features = p.widths[p.layers];
-  for (int n = threadIdx.x % 32; n < features; n += 32) basis[n * p.taps + k] = tap.value[p.layers][n];
+  for (int n = threadIdx.x % 32; n < features; n += 32) basis[n * p.taps + k] = tap.value(p.layers)[n];
   if (constant && threadIdx.x % 32 == 0) basis[features * p.taps + k] = 1.0f;
 }
 
@@ -99,8 +29,8 @@ __global__ __launch_bounds__(kThreads, 1) void coordinate_mlp_backward_kernel(
   constexpr int kPerThread = kMaxWidth * kMaxWidth / kThreads;
   const int target = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int in = p.widths[target], out = p.widths[target + 1];
-  Tap* taps = reinterpret_cast<Tap*>(ptx::dynamic_shared());
-  Tap& tap = taps[warp];
+  Trace* taps = reinterpret_cast<Trace*>(ptx::dynamic_shared());
+  Trace& tap = taps[warp];
   float weight_sum[kPerThread] = {}, bias_sum = 0.0f;
   for (int first = 0; first < p.taps; first += kWarps) {
     const int k = first + warp;
@@ -128,7 +58,7 @@ __global__ __launch_bounds__(kThreads, 1) void coordinate_mlp_backward_kernel(
       const int index = e * kThreads + threadIdx.x;
       if (index < in * out) {
         for (int w = 0; w < kWarps; ++w) {
-          weight_sum[e] += taps[w].delta[parity][index / in] * taps[w].value[target][index % in];
+          weight_sum[e] += taps[w].delta[parity][index / in] * taps[w].value(target)[index % in];
         }
       }
     }
@@ -154,7 +84,7 @@ cudaError_t coordinate_mlp(Number number, const MlpArguments& p, float* basis, b
   return with_number(number, [&](auto n) {
     using T = typename decltype(n)::Element;
     return launch(coordinate_mlp_kernel<T>, ceil_div(p.taps, kWarps), kThreads,
-                  kWarps * static_cast<int>(sizeof(Tap)), stream, p, basis, constant);
+                  kWarps * static_cast<int>(sizeof(Features)), stream, p, basis, constant);
   });
 }
 
@@ -163,7 +93,7 @@ cudaError_t coordinate_mlp_backward(Number number, const MlpArguments& p, const 
   return with_number(number, [&](auto n) {
     using T = typename decltype(n)::Element;
     return launch(coordinate_mlp_backward_kernel<T>, p.layers, kThreads,
-                  kWarps * static_cast<int>(sizeof(Tap)), stream, p, gradient, sums);
+                  kWarps * static_cast<int>(sizeof(Trace)), stream, p, gradient, sums);
   });
 }
 

@@ -33,6 +33,16 @@ __device__ __forceinline__ int tap_at(const Axis& a, int residue, int l, int t) 
   return meets ? tap : -1;
 }
 
+// Its inverse along the patch: the position where output 0 of a unit meets `tap`, output t meets it
+// stride * t further on; -1 for none.
+__device__ __forceinline__ int position_of(const Axis& a, int residue, int tap) {
+  int number = phase_number(a, residue);
+  int offset = tap - a.first - first_tap(a, number);
+  int j = offset / a.tap_step;
+  bool meets = j * a.tap_step == offset && j >= 0 && j < a.taps && number % a.divisor == 0;
+  return meets ? j : -1;
+}
+
 // Where something lies relative to its block: image, depth, height, width. -1 in `batch`: nowhere.
 struct __align__(8) Offset {
   int16_t batch, depth, height, width;

@@ -29,6 +29,9 @@ struct Lattice {
   int batch_units;   // images of a block
   int batch_blocks;  // blocks over the images
 
+  __host__ __device__ int taps() const {
+    return axis[0].kernel * axis[1].kernel * axis[2].kernel;
+  }
   __host__ __device__ int patch() const { return axis[0].patch * axis[1].patch * axis[2].patch; }
   // 16-row tiles of the patch, the last one padded with zeros.
   __host__ __device__ int chunks() const { return (patch() + 15) / 16; }

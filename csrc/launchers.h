@@ -19,17 +19,36 @@ struct Operand {
   int channels;  // per group
 };
 
+// The coordinate MLP. widths[0] is D, widths[n + 1] the features of layer n.
+constexpr int kMaxLayers = 8, kMaxWidth = 64;
+
+enum class Activation { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
+
+struct MlpArguments {
+  const float* coordinates;        // [K, D]
+  const void* weight[kMaxLayers];  // [features, previous features]
+  const void* bias[kMaxLayers];    // [features]
+  int widths[kMaxLayers + 1];
+  int layers, taps;
+  Activation activation;
+  float slope;  // of the leaky ReLU
+};
+
 // Banded matrices and rearranged coefficients, written by one small launch before the others.
 struct PrepareArguments {
-  const float* basis;          // [R, K], or null: write no bands
-  void* bands;                 // [bands, R, chunks, 32 lanes, 8]
-  const void* coefficients;    // any strides, or null: write no coefficients
+  const float* basis;          // [R, K]; not read if an MLP computes it
+  void* bands;                 // [bands, R, chunks, 32 lanes, 8], or null: write none
+  const void* coefficients;    // any strides, or null: write none
   void* packed;                // [groups, in / 16, R, out_tiles, 32 lanes, 8]
   int64_t stride_group, stride_in, stride_out, stride_rank;
   int groups, in_channels, out_channels, out_tiles, rank;
 };
 cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& arguments,
                     cudaStream_t stream);
+// The same with phi from the MLP, float32 [R, K], written too; a constant 1 after the features, if R has
+// room. `wide`: the MLP's parameters are float32, else of the operands' type.
+cudaError_t prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
+                             const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
 
 // Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).
 struct Choice {
@@ -77,20 +96,6 @@ int basis_gradient_pieces(const Lattice& map);
 cudaError_t basis_gradient(Number number, const Lattice& map, const Choice& choice,
                            const BasisArguments& arguments, cudaStream_t stream);
 
-// The coordinate MLP. widths[0] is D, widths[n + 1] the features of layer n.
-constexpr int kMaxLayers = 8, kMaxWidth = 64;
-
-enum class Activation { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
-
-struct MlpArguments {
-  const float* coordinates;        // [K, D]
-  const void* weight[kMaxLayers];  // [features, previous features]
-  const void* bias[kMaxLayers];    // [features]
-  int widths[kMaxLayers + 1];
-  int layers, taps;
-  Activation activation;
-  float slope;  // of the leaky ReLU
-};
 // basis: float32 [features + constant, K]; the last row is ones if `constant`.
 cudaError_t coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,
                            cudaStream_t stream);

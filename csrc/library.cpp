@@ -32,7 +32,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Integers = std::vector<int64_t>;
 
 // The device of a tensor made current, with PyTorch's current stream on it.
 class DeviceScope {
@@ -99,39 +98,39 @@ Number number_of(const Tensor& tensor, bool tf32) {
   }
 }
 
-// The row map in the order in which tiles.py flattens it: the fields of the three axes, then the batch.
-Lattice parse_lattice(const Integers& numbers) {
-  constexpr int kFields = sizeof(Axis) / sizeof(int);
-  expect("lattice", "numbers", 3 * kFields + 3, numbers.size());
-  for (int64_t number : numbers) {
-    STD_TORCH_CHECK(number >= INT32_MIN && number <= INT32_MAX, "lattice: expected 32-bit numbers, got ",
-                    number);
-  }
+// What the planner fixed, int32 on the CPU (a list would be unboxed number by number at every launch): the
+// row map in the order in which tiles.py flattens it, the fields of the three axes, then the batch; the
+// choice in the order of launch.py.
+struct Planned {
   Lattice map;
-  auto next = numbers.begin();
-  for (Axis& a : map.axis) {
+  Choice choice;
+};
+
+Planned parse_plan(const Tensor& plan) {
+  constexpr int kFields = sizeof(Axis) / sizeof(int);
+  STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Int && plan.is_cpu(),
+                  "plan: expected int32 on the CPU, got dtype ", static_cast<int>(plan.scalar_type()),
+                  plan.is_cpu() ? "" : " on a GPU");
+  expect("plan", "numbers", 3 * kFields + 3 + 6, plan.numel());
+  expect_room("plan", plan, 0);
+  Planned planned;
+  const int* next = static_cast<const int*>(plan.data_ptr());
+  for (Axis& a : planned.map.axis) {
     for (int* field :
          {&a.out_size, &a.in_size, &a.kernel, &a.phases, &a.step, &a.stride, &a.taps, &a.scale,
           &a.shift, &a.divisor, &a.inverse, &a.residues, &a.dilation, &a.modulus, &a.back, &a.first,
           &a.tap_step, &a.unit, &a.units, &a.blocks, &a.patch, &a.halo}) {
-      *field = static_cast<int>(*next++);
+      *field = *next++;
     }
   }
-  for (int* field : {&map.batch, &map.batch_units, &map.batch_blocks}) {
-    *field = static_cast<int>(*next++);
+  Lattice& map = planned.map;
+  Choice& choice = planned.choice;
+  for (int* field : {&map.batch, &map.batch_units, &map.batch_blocks, &choice.out_tiles,
+                     &choice.ranks, &choice.warps, &choice.slice, &choice.halo_stages,
+                     &choice.shared_bytes}) {
+    *field = *next++;
   }
-  return map;
-}
-
-Choice parse_choice(const Integers& numbers) {
-  expect("choice", "numbers", 6, numbers.size());
-  Choice choice;
-  auto next = numbers.begin();
-  for (int* field : {&choice.out_tiles, &choice.ranks, &choice.warps, &choice.slice,
-                     &choice.halo_stages, &choice.shared_bytes}) {
-    *field = static_cast<int>(*next++);
-  }
-  return choice;
+  return planned;
 }
 
 // An activation [B, C, *S] of up to three spatial axes, whose sizes must be those of the row map.
@@ -153,10 +152,35 @@ Operand operand(const char* name, const Tensor& tensor, const Lattice& map, int 
           static_cast<int>(tensor.size(1) / groups)};
 }
 
+// What `prepare` writes and the kernel after it reads, piece after piece of whole 16x16 tiles.
+class Workspace {
+ public:
+  Workspace(const Tensor& tensor, const Tensor& like)
+      : next_(static_cast<char*>(tensor.data_ptr())),
+        tile_bytes_(like.scalar_type() == ScalarType::Float ? 1024 : 512),
+        tiles_(tensor.numel() / 256) {
+    expect_like("workspace", tensor, like);
+    expect_room("workspace", tensor, 0);
+  }
+
+  void* take(const char* what, int64_t tiles) {
+    STD_TORCH_CHECK(tiles <= tiles_, "workspace: expected room for ", tiles, " tiles of ", what,
+                    ", got ", tiles_);
+    void* piece = next_;
+    next_ += tiles * tile_bytes_;
+    tiles_ -= tiles;
+    return piece;
+  }
+
+ private:
+  char* next_;
+  int64_t tile_bytes_, tiles_;
+};
+
 // What prepare reads and writes. `transposed` swaps the coefficients' channels (in, out): A is
 // [C_out, C_in / groups, R].
 PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool transposed,
-                             int out_tile_multiple, Tensor* packed) {
+                             int out_tile_multiple, Workspace& workspace) {
   PrepareArguments p = {};
   p.groups = static_cast<int>(groups);
   if (!coefficients) return p;
@@ -176,132 +200,17 @@ PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool tr
   p.rank = static_cast<int>(coefficients->size(2));
   p.out_tiles = ceil_div(p.out_channels, 16 * out_tile_multiple) * out_tile_multiple;
   const int64_t tiles = groups * ceil_div(p.in_channels, 16) * p.rank * p.out_tiles;
-  expect_room("packed", *packed, tiles * 256);
-  p.packed = packed->data_ptr();
+  p.packed = workspace.take("coefficients", tiles);
   return p;
 }
 
-void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis, const Tensor& bands) {
+void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
+               Workspace& workspace) {
   expect_float("basis", basis);
-  const int64_t taps =
-      static_cast<int64_t>(map.axis[0].kernel) * map.axis[1].kernel * map.axis[2].kernel;
   p.rank = static_cast<int>(basis.size(0));
-  expect_room("basis", basis, p.rank * taps);
-  expect_room("bands", bands, static_cast<int64_t>(map.bands()) * p.rank * map.chunks() * 256);
+  expect_room("basis", basis, static_cast<int64_t>(p.rank) * map.taps());
   p.basis = static_cast<const float*>(basis.data_ptr());
-  p.bands = bands.data_ptr();
-}
-
-void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& basis,
-              const std::optional<Tensor>& bias, Tensor& output, Tensor& bands, Tensor& packed,
-              const Integers& lattice, const Integers& choice_numbers, int64_t groups, bool tf32,
-              bool aligned, bool transposed) {
-  const Lattice map = parse_lattice(lattice);
-  const Choice choice = parse_choice(choice_numbers);
-  const Number number = number_of(source, tf32);
-  expect_like("coefficients", coefficients, source);
-  expect_like("output", output, source);
-  expect_like("bands", bands, source);
-  expect_like("packed", packed, source);
-  const Operand y = operand("output", output, map, &Axis::out_size, groups);
-  ConvArguments a = {};
-  a.x = operand(transposed ? "grad" : "input", source, map, &Axis::in_size, groups);
-  PrepareArguments p = preparation(&coefficients, groups, transposed, choice.out_tiles, &packed);
-  add_bands(p, map, basis, bands);
-  expect("coefficients", "channels in", a.x.channels, p.in_channels);
-  expect("coefficients", "channels out", y.channels, p.out_channels);
-  expect("basis", "functions", coefficients.size(2), p.rank);
-  if (bias) {
-    expect_like("bias", *bias, source);
-    expect_room("bias", *bias, output.size(1));
-    a.bias = bias->data_ptr();
-  }
-  a.bands = bands.data_ptr();
-  a.packed = packed.data_ptr();
-  a.y = output.data_ptr();
-  a.y_strides = y.strides;
-  a.y_channels = y.channels;
-  a.groups = static_cast<int>(groups);
-  a.rank = p.rank;
-  a.aligned = aligned;
-  const DeviceScope scope(source);
-  DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
-  DeviceScope::check(basis_conv(number, map, choice, a, scope.stream()), "basis_conv");
-}
-
-// y of x.
-void basis_conv_fwd(Tensor input, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
-                    Tensor output, Tensor bands, Tensor packed, Integers lattice, Integers choice,
-                    int64_t groups, bool tf32, bool aligned) {
-  convolve(input, coefficients, basis, bias, output, bands, packed, lattice, choice, groups, tf32,
-           aligned, false);
-}
-
-// The gradient of x of that of y; with a bias, a transposed convolution.
-void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
-                          Tensor output, Tensor bands, Tensor packed, Integers lattice,
-                          Integers choice, int64_t groups, bool tf32, bool aligned) {
-  convolve(grad, coefficients, basis, bias, output, bands, packed, lattice, choice, groups,
-           tf32, aligned, true);
-}
-
-void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partial, Tensor bands,
-                          Integers lattice, Integers choice_numbers, int64_t groups, int64_t splits,
-                          bool atomic, bool tf32, bool aligned) {
-  const Lattice map = parse_lattice(lattice);
-  const Choice choice = parse_choice(choice_numbers);
-  const Number number = number_of(input, tf32);
-  expect_like("grad", grad, input);
-  expect_like("bands", bands, input);
-  expect_float("partial", partial);
-  CoefficientArguments a = {};
-  a.g = operand("grad", grad, map, &Axis::out_size, groups);
-  a.x = operand("input", input, map, &Axis::in_size, groups);
-  PrepareArguments p = preparation(nullptr, groups, false, 1, nullptr);
-  add_bands(p, map, basis, bands);
-  a.bands = bands.data_ptr();
-  a.groups = static_cast<int>(groups);
-  a.rank = p.rank;
-  a.splits = static_cast<int>(splits);
-  a.atomic = atomic;
-  a.aligned = aligned;
-  expect_room("partial", partial, (atomic ? 1 : splits) * grad.size(1) * a.x.channels * a.rank);
-  a.partial = static_cast<float*>(partial.data_ptr());
-  const DeviceScope scope(input);
-  DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
-  DeviceScope::check(coefficient_gradient(number, map, choice, a, scope.stream()),
-                     "coefficient_gradient");
-}
-
-void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial,
-                          Tensor packed, Integers lattice, Integers choice_numbers, int64_t groups,
-                          int64_t splits, int64_t pieces, bool tf32, bool aligned) {
-  const Lattice map = parse_lattice(lattice);
-  const Choice choice = parse_choice(choice_numbers);
-  const Number number = number_of(input, tf32);
-  expect_like("grad", grad, input);
-  expect_like("coefficients", coefficients, input);
-  expect_like("packed", packed, input);
-  expect_float("partial", partial);
-  BasisArguments a = {};
-  a.g = operand("grad", grad, map, &Axis::out_size, groups);
-  a.x = operand("input", input, map, &Axis::in_size, groups);
-  const PrepareArguments p = preparation(&coefficients, groups, true, 1, &packed);
-  expect("coefficients", "channels in", a.x.channels, p.out_channels);
-  expect("coefficients", "channels out", a.g.channels, p.in_channels);
-  const int64_t taps =
-      static_cast<int64_t>(map.axis[0].kernel) * map.axis[1].kernel * map.axis[2].kernel;
-  expect("partial", "pieces of the patch", basis_gradient_pieces(map), pieces);
-  expect_room("partial", partial, splits * pieces * p.rank * taps);
-  a.packed = packed.data_ptr();
-  a.partial = static_cast<float*>(partial.data_ptr());
-  a.groups = static_cast<int>(groups);
-  a.rank = p.rank;
-  a.splits = static_cast<int>(splits);
-  a.aligned = aligned;
-  const DeviceScope scope(input);
-  DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
-  DeviceScope::check(basis_gradient(number, map, choice, a, scope.stream()), "basis_gradient");
+  p.bands = workspace.take("bands", static_cast<int64_t>(map.bands()) * p.rank * map.chunks());
 }
 
 MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>& weights,
@@ -335,6 +244,139 @@ MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>&
   p.activation = static_cast<Activation>(activation);
   p.slope = static_cast<float>(slope);
   return p;
+}
+
+// An MLP that computes the basis.
+struct Generator {
+  MlpArguments mlp;
+  bool wide;     // its parameters are float32
+  float* basis;  // written
+};
+
+// Two launches. `basis` is read, or written if there is a generator.
+void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& basis,
+              const Generator* generator, const std::optional<Tensor>& bias, Tensor& output,
+              const Tensor& workspace, const Tensor& plan, int64_t groups, bool tf32, bool aligned,
+              bool transposed) {
+  const auto [map, choice] = parse_plan(plan);
+  const Number number = number_of(source, tf32);
+  expect_like("coefficients", coefficients, source);
+  expect_like("output", output, source);
+  Workspace room(workspace, source);
+  const Operand y = operand("output", output, map, &Axis::out_size, groups);
+  ConvArguments a = {};
+  a.x = operand(transposed ? "grad" : "input", source, map, &Axis::in_size, groups);
+  PrepareArguments p = preparation(&coefficients, groups, transposed, choice.out_tiles, room);
+  add_bands(p, map, basis, room);
+  expect("coefficients", "channels in", a.x.channels, p.in_channels);
+  expect("coefficients", "channels out", y.channels, p.out_channels);
+  expect("basis", "functions", coefficients.size(2), p.rank);
+  if (bias) {
+    expect_like("bias", *bias, source);
+    expect_room("bias", *bias, output.size(1));
+    a.bias = bias->data_ptr();
+  }
+  a.bands = p.bands;
+  a.packed = p.packed;
+  a.y = output.data_ptr();
+  a.y_strides = y.strides;
+  a.y_channels = y.channels;
+  a.groups = static_cast<int>(groups);
+  a.rank = p.rank;
+  a.aligned = aligned;
+  const DeviceScope scope(source);
+  DeviceScope::check(
+      generator ? prepare_from_mlp(number, map, p, generator->mlp, generator->wide,
+                                   generator->basis, scope.stream())
+                : prepare(number, map, p, scope.stream()),
+      "prepare");
+  DeviceScope::check(basis_conv(number, map, choice, a, scope.stream()), "basis_conv");
+}
+
+// y of x.
+void basis_conv_fwd(Tensor input, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
+                    Tensor output, Tensor workspace, Tensor plan,
+                    int64_t groups, bool tf32, bool aligned) {
+  convolve(input, coefficients, basis, nullptr, bias, output, workspace, plan, groups,
+           tf32, aligned, false);
+}
+
+// The gradient of x of that of y; with a bias, a transposed convolution.
+void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
+                          Tensor output, Tensor workspace, Tensor plan, int64_t groups, bool tf32, bool aligned) {
+  convolve(grad, coefficients, basis, nullptr, bias, output, workspace, plan, groups,
+           tf32, aligned, true);
+}
+
+// Either of the two, of a coordinate MLP.
+void hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates,
+                    std::vector<Tensor> weights, std::vector<Tensor> biases,
+                    std::optional<Tensor> bias, Tensor output, Tensor basis, Tensor workspace, int64_t activation, double slope, Tensor plan, int64_t groups, bool transposed, bool tf32, bool aligned) {
+  Generator generator;
+  generator.mlp = mlp_arguments(coordinates, weights, biases, activation, slope);
+  generator.wide = weights[0].scalar_type() == ScalarType::Float;
+  if (!generator.wide) expect_like("weights", weights[0], input);
+  const int features = generator.mlp.widths[generator.mlp.layers];
+  STD_TORCH_CHECK(basis.size(0) == features || basis.size(0) == features + 1,
+                  "basis: expected ", features, " functions or one more, got ", basis.size(0));
+  expect("coordinates", "taps", parse_plan(plan).map.taps(), generator.mlp.taps);
+  expect_float("basis", basis);
+  generator.basis = static_cast<float*>(basis.data_ptr());
+  convolve(input, coefficients, basis, &generator, bias, output, workspace, plan, groups, tf32, aligned, transposed);
+}
+
+void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partial, Tensor workspace,
+                          Tensor plan, int64_t groups, int64_t splits,
+                          bool atomic, bool tf32, bool aligned) {
+  const auto [map, choice] = parse_plan(plan);
+  const Number number = number_of(input, tf32);
+  expect_like("grad", grad, input);
+  expect_float("partial", partial);
+  CoefficientArguments a = {};
+  a.g = operand("grad", grad, map, &Axis::out_size, groups);
+  a.x = operand("input", input, map, &Axis::in_size, groups);
+  Workspace room(workspace, input);
+  PrepareArguments p = preparation(nullptr, groups, false, 1, room);
+  add_bands(p, map, basis, room);
+  a.bands = p.bands;
+  a.groups = static_cast<int>(groups);
+  a.rank = p.rank;
+  a.splits = static_cast<int>(splits);
+  a.atomic = atomic;
+  a.aligned = aligned;
+  expect_room("partial", partial, (atomic ? 1 : splits) * grad.size(1) * a.x.channels * a.rank);
+  a.partial = static_cast<float*>(partial.data_ptr());
+  const DeviceScope scope(input);
+  DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
+  DeviceScope::check(coefficient_gradient(number, map, choice, a, scope.stream()),
+                     "coefficient_gradient");
+}
+
+void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial, Tensor workspace, Tensor plan, int64_t groups,
+                          int64_t splits, int64_t pieces, bool tf32, bool aligned) {
+  const auto [map, choice] = parse_plan(plan);
+  const Number number = number_of(input, tf32);
+  expect_like("grad", grad, input);
+  expect_like("coefficients", coefficients, input);
+  expect_float("partial", partial);
+  BasisArguments a = {};
+  a.g = operand("grad", grad, map, &Axis::out_size, groups);
+  a.x = operand("input", input, map, &Axis::in_size, groups);
+  Workspace room(workspace, input);
+  const PrepareArguments p = preparation(&coefficients, groups, true, 1, room);
+  expect("coefficients", "channels in", a.x.channels, p.out_channels);
+  expect("coefficients", "channels out", a.g.channels, p.in_channels);
+  expect("partial", "pieces of the patch", basis_gradient_pieces(map), pieces);
+  expect_room("partial", partial, splits * pieces * p.rank * map.taps());
+  a.packed = p.packed;
+  a.partial = static_cast<float*>(partial.data_ptr());
+  a.groups = static_cast<int>(groups);
+  a.rank = p.rank;
+  a.splits = static_cast<int>(splits);
+  a.aligned = aligned;
+  const DeviceScope scope(input);
+  DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
+  DeviceScope::check(basis_gradient(number, map, choice, a, scope.stream()), "basis_gradient");
 }
 
 void coordinate_mlp_fwd(Tensor coordinates, std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -378,6 +420,7 @@ void coordinate_mlp_bwd(Tensor grad, Tensor coordinates, std::vector<Tensor> wei
 STABLE_TORCH_LIBRARY_IMPL(hyperconv_ext_cuda, HYPERCONV_DISPATCH_KEY, m) {
   m.impl("basis_conv_fwd", TORCH_BOX(&hyperconv::basis_conv_fwd));
   m.impl("basis_conv_bwd_input", TORCH_BOX(&hyperconv::basis_conv_bwd_input));
+  m.impl("hyper_conv_fwd", TORCH_BOX(&hyperconv::hyper_conv_fwd));
   m.impl("basis_conv_bwd_coeff", TORCH_BOX(&hyperconv::basis_conv_bwd_coeff));
   m.impl("basis_conv_bwd_basis", TORCH_BOX(&hyperconv::basis_conv_bwd_basis));
   m.impl("coordinate_mlp_fwd", TORCH_BOX(&hyperconv::coordinate_mlp_fwd));

@@ -1,52 +1,131 @@
 // One small launch before each convolution kernel: phi as banded matrices and the coefficients, both as
 // the packed tiles of tile.cuh, so that the kernels that follow load whole operands 16 bytes at a time.
+//
+// phi is read, or the coordinate MLP is evaluated here: a warp does so at one tap and writes its phi
+// wherever the bands meet that tap, while other blocks write the zeros between. No element has two
+// writers, so nothing has to wait.
+#include <cstring>
+#include <type_traits>
+
+#include "coordinate_mlp.cuh"
 #include "lattice.cuh"
 #include "launch.cuh"
+#include "tile.cuh"
 
 namespace hyperconv {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kLaneElements = kTileElements / 32;
+
+// The residues of the bands [depth, height, width].
+struct Residues {
+  int axis[3];
+
+  __device__ __forceinline__ Residues(const Lattice& map, int band) {
+#pragma unroll
+    for (int d = 2; d >= 0; --d) {
+      axis[d] = band % map.axis[d].modulus;
+      band /= map.axis[d].modulus;
+    }
+  }
+};
+
+// Index of the kernel tap at which output `t` of a unit meets position `l` of its patch; -1 for none.
+__device__ __forceinline__ int tap_index(const Lattice& map, const Residues& residue, int l, int t) {
+  bool meets = l < map.patch();
+  int tap = 0, stride = 1;
+#pragma unroll
+  for (int d = 2; d >= 0; --d) {
+    const Axis& a = map.axis[d];
+    const int at = tap_at(a, residue.axis[d], l % a.patch, t % a.unit);
+    meets = meets && at >= 0;
+    tap += at * stride;
+    stride *= a.kernel;
+    l /= a.patch;
+    t /= a.unit;
+  }
+  return meets ? tap : -1;
+}
 
 // Tile `index` / 32 of the bands [bands, R, chunks]: rows are the outputs t of a unit, columns 16
-// positions l of its patch, elements phi_r at the tap where they meet.
-template <class N>
+// positions l of its patch, elements phi_r at the tap where they meet. kZeros: those that meet none alone.
+template <class N, bool kZeros>
 __device__ void write_band(const Lattice& map, const PrepareArguments& p, int64_t index) {
+  using Element = typename N::Element;
   const int lane = index % 32, g = lane / 4, t = lane % 4;
   const int64_t tile = index / 32;
   const int chunk = tile % map.chunks();
-  const int rank = tile / map.chunks() % p.rank;
-  int band = static_cast<int>(tile / map.chunks() / p.rank);
-  int residue[3];
-#pragma unroll
-  for (int d = 2; d >= 0; --d) {
-    residue[d] = band % map.axis[d].modulus;
-    band /= map.axis[d].modulus;
-  }
+  const int64_t rank = tile / map.chunks() % p.rank;
+  const Residues residue(map, static_cast<int>(tile / map.chunks() / p.rank));
+  const float* basis = p.basis + rank * map.taps();
   Tile<N> result;
+  unsigned taken = 0;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     float value[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      int row = g + 8 * (m % 2), l = chunk * 16 + 2 * t + 8 * (m / 2) + e;
-      bool meets = l < map.patch();
-      int tap[3];
-#pragma unroll
-      for (int d = 2; d >= 0; --d) {
-        const Axis& a = map.axis[d];
-        tap[d] = tap_at(a, residue[d], l % a.patch, row % a.unit);
-        meets = meets && tap[d] >= 0;
-        l /= a.patch;
-        row /= a.unit;
-      }
-      const int k = (tap[0] * map.axis[1].kernel + tap[1]) * map.axis[2].kernel + tap[2];
-      const int taps = map.axis[0].kernel * map.axis[1].kernel * map.axis[2].kernel;
-      value[e] = meets ? p.basis[static_cast<int64_t>(rank) * taps + k] : 0.0f;
+      const int l = chunk * 16 + 2 * t + 8 * (m / 2) + e;
+      const int tap = tap_index(map, residue, l, g + 8 * (m % 2));
+      taken |= static_cast<unsigned>(tap >= 0) << (2 * m + e);
+      value[e] = kZeros || tap < 0 ? 0.0f : basis[tap];
     }
     result.m[m] = N::pair(value[0], value[1]);
   }
-  static_cast<Tile<N>*>(p.bands)[index] = result;
+  if (!kZeros || taken == 0) {
+    static_cast<Tile<N>*>(p.bands)[index] = result;
+    return;
+  }
+  Element* elements = static_cast<Element*>(p.bands) + index * kLaneElements;
+  for (int i = 0; i < kLaneElements; ++i) {
+    if (!(taken >> i & 1)) elements[i] = ptx::from_float<Element>(0.0f);
+  }
+}
+
+// Tap k of the MLP, by a warp: phi(k) into the basis [R, K], and into the bands where they meet k.
+template <class N, typename T>
+__device__ void write_tap(const Lattice& map, const PrepareArguments& p, const MlpArguments& mlp,
+                          float* basis, int k) {
+  using Element = typename N::Element;
+  Features& kept = reinterpret_cast<Features*>(ptx::dynamic_shared())[threadIdx.x / 32];
+  evaluate<T>(mlp, k, kept);
+  const int lane = threadIdx.x % 32, features = mlp.widths[mlp.layers];
+  const float* feature = kept.value(mlp.layers);
+  const auto phi = [&](int r) { return r < features ? feature[r] : 1.0f; };
+  for (int r = lane; r < p.rank; r += 32) basis[static_cast<int64_t>(r) * mlp.taps + k] = phi(r);
+  for (int band = 0; band < map.bands(); ++band) {
+    const Residues residue(map, band);
+    int first[3];
+    bool meets = true;
+    int tap = k;
+#pragma unroll
+    for (int d = 2; d >= 0; --d) {
+      const Axis& a = map.axis[d];
+      first[d] = position_of(a, residue.axis[d], tap % a.kernel);
+      meets = meets && first[d] >= 0;
+      tap /= a.kernel;
+    }
+    if (!meets) continue;
+    for (int i = lane; i < kUnit * p.rank; i += 32) {
+      const int row = i % kUnit, rank = i / kUnit;
+      int t = row, l = 0, stride = 1;
+#pragma unroll
+      for (int d = 2; d >= 0; --d) {
+        const Axis& a = map.axis[d];
+        l += (first[d] + a.stride * (t % a.unit)) * stride;
+        stride *= a.patch;
+        t /= a.unit;
+      }
+      const int column = l % 16, holder = row % 8 * 4 + column % 8 / 2;
+      const int64_t tile = (static_cast<int64_t>(band) * p.rank + rank) * map.chunks() + l / 16;
+      const int64_t element = tile * kTileElements + holder * kLaneElements +
+                              2 * (row / 8 + 2 * (column / 8)) + column % 2;
+      const typename N::Pair rounded = N::pair(phi(rank), 0.0f);
+      memcpy(static_cast<Element*>(p.bands) + element, &rounded, sizeof(Element));
+    }
+  }
 }
 
 // Tile `index` / 32 of the coefficients [groups, in / 16, R, out_tiles]: rows are input channels, columns
@@ -79,33 +158,60 @@ __device__ void write_coefficients(const PrepareArguments& p, int64_t index) {
   static_cast<Tile<N>*>(p.packed)[index] = result;
 }
 
-template <class N>
-__global__ __launch_bounds__(kThreads) void prepare_kernel(const Lattice map,
-                                                           const PrepareArguments p,
-                                                           int64_t band_lanes,
-                                                           int64_t coefficient_lanes) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+// T: element type of the MLP's parameters, void without an MLP.
+template <class N, typename T>
+__global__ __launch_bounds__(kThreads) void prepare_kernel(
+    const __grid_constant__ Lattice map, const __grid_constant__ PrepareArguments p,
+    const __grid_constant__ MlpArguments mlp, float* computed_basis, int tap_blocks,
+    int64_t band_lanes, int64_t coefficient_lanes) {
+  constexpr bool kHasMlp = !std::is_void_v<T>;
+  if constexpr (kHasMlp) {
+    if (static_cast<int>(blockIdx.x) < tap_blocks) {
+      const int k = blockIdx.x * kWarps + threadIdx.x / 32;
+      if (k < mlp.taps) write_tap<N, T>(map, p, mlp, computed_basis, k);
+      return;
+    }
+  }
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - tap_blocks;
+  const int64_t index = block * kThreads + threadIdx.x;
   if (index < band_lanes) {
-    write_band<N>(map, p, index);
+    write_band<N, kHasMlp>(map, p, index);
   } else if (index < band_lanes + coefficient_lanes) {
     write_coefficients<N>(p, index - band_lanes);
   }
+}
+
+template <class N, typename T>
+cudaError_t launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpArguments& mlp,
+                           float* computed_basis, cudaStream_t stream) {
+  const int64_t bands = static_cast<int64_t>(map.bands()) * p.rank * map.chunks() * 32;
+  const int64_t coefficients = static_cast<int64_t>(p.groups) * ceil_div(p.in_channels, 16) *
+                               p.rank * p.out_tiles * 32;
+  const int64_t band_lanes = p.bands ? bands : 0;
+  const int64_t coefficient_lanes = p.coefficients ? coefficients : 0;
+  const int tap_blocks = std::is_void_v<T> ? 0 : ceil_div(mlp.taps, kWarps);
+  const int64_t blocks = tap_blocks + (band_lanes + coefficient_lanes + kThreads - 1) / kThreads;
+  const int shared = std::is_void_v<T> ? 0 : kWarps * static_cast<int>(sizeof(Features));
+  return launch(prepare_kernel<N, T>, blocks, kThreads, shared, stream, map, p, mlp, computed_basis,
+                tap_blocks, band_lanes, coefficient_lanes);
 }
 
 }  // namespace
 
 cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& p,
                     cudaStream_t stream) {
-  const int64_t bands = static_cast<int64_t>(map.bands()) * p.rank * map.chunks() * 32;
-  const int64_t coefficients = static_cast<int64_t>(p.groups) * ceil_div(p.in_channels, 16) *
-                               p.rank * p.out_tiles * 32;
-  const int64_t band_lanes = p.basis ? bands : 0;
-  const int64_t coefficient_lanes = p.coefficients ? coefficients : 0;
-  const int64_t blocks = (band_lanes + coefficient_lanes + kThreads - 1) / kThreads;
+  return with_number(number, [&](auto n) {
+    return launch_prepare<decltype(n), void>(map, p, MlpArguments{}, nullptr, stream);
+  });
+}
+
+cudaError_t prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& p,
+                             const MlpArguments& mlp, bool wide, float* basis,
+                             cudaStream_t stream) {
   return with_number(number, [&](auto n) {
     using N = decltype(n);
-    return launch(prepare_kernel<N>, blocks, kThreads, 0, stream, map, p, band_lanes,
-                  coefficient_lanes);
+    return wide ? launch_prepare<N, float>(map, p, mlp, basis, stream)
+                : launch_prepare<N, typename N::Element>(map, p, mlp, basis, stream);
   });
 }
 

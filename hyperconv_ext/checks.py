@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,32 @@ from .geometry import Geometry
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+class Meta(NamedTuple):
+    """What is checked of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def meta(name: str, tensor: object) -> Meta:
+    """The `Meta` of what must be a tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
+        )
+    return Meta(tensor.shape, tensor.dtype, tensor.device)
+
+
+def metas(name: str, tensors: Sequence[object]) -> list[Meta]:
+    """The `Meta` of each; see `meta`."""
+    return [meta(f"{name}[{index}]", tensor) for index, tensor in enumerate(tensors)]
 
 
 def per_axis(name: str, value: int | Sequence[int], dims: int, minimum: int) -> tuple[int, ...]:
@@ -59,7 +87,7 @@ def check_name(argument: str, value: str, known: Sequence[str]) -> None:
         )
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Meta) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 
 
@@ -69,12 +97,8 @@ def check_groups(groups: int) -> None:
         raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
 
 
-def check_tensor(name: str, tensor: object, device: torch.device | None = None) -> None:
-    """Raise unless `tensor` is a floating-point tensor, on `device` if that is given."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
-        )
+def check_tensor(name: str, tensor: Meta, device: torch.device | None = None) -> None:
+    """Raise unless `tensor` is of floating-point numbers, on `device` if that is given."""
     if tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}; "
@@ -89,26 +113,27 @@ def check_tensor(name: str, tensor: object, device: torch.device | None = None) 
 
 def check_tensors(
     dims: int,
-    input: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    bias: Tensor | None,
+    input: Meta,
+    coefficients: Meta,
+    basis: Meta,
+    bias: Meta | None,
     groups: int,
     transposed: bool,
+    same_dtype: bool,
 ) -> None:
     """Raise unless the operands of a convolution with `dims` spatial axes fit each other."""
     check_tensor("input", input)
     named = {"coefficients": coefficients, "basis": basis} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         check_tensor(name, tensor, input.device)
-    if input.dim() not in (dims + 1, dims + 2):
+    if len(input.shape) not in (dims + 1, dims + 2):
         raise ValueError(
             f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
             f"got {_shape(input)}; add or remove axes"
         )
     check_groups(groups)
     first, second = ("C_in", "C_out") if transposed else ("C_out", "C_in")
-    if coefficients.dim() != 3 or coefficients.shape[0] % groups:
+    if len(coefficients.shape) != 3 or coefficients.shape[0] % groups:
         raise ValueError(
             f"coefficients: expected [{first}, {second}/groups, R] with {first} divisible by "
             f"groups={groups}, got {_shape(coefficients)}; reshape them or change groups"
@@ -121,7 +146,7 @@ def check_tensors(
             f"(coefficients {_shape(coefficients)}, groups={groups}), got {input.shape[-dims - 1]} in "
             f"{_shape(input)}; match the input's channels to the coefficients"
         )
-    if basis.dim() != dims + 1 or basis.shape[0] != coefficients.shape[2] or 0 in basis.shape:
+    if len(basis.shape) != dims + 1 or basis.shape[0] != coefficients.shape[2] or 0 in basis.shape:
         raise ValueError(
             f"basis: expected [R, {', '.join(['k'] * dims)}] with R={coefficients.shape[2]} "
             f"(coefficients {_shape(coefficients)}) and no empty axis, got {_shape(basis)}; "
@@ -131,11 +156,11 @@ def check_tensors(
         raise ValueError(
             f"bias: expected [{out_channels}], got {_shape(bias)}; give one value per output channel"
         )
-    if not torch.is_autocast_enabled(input.device.type):
+    if same_dtype:
         _check_dtypes(input, coefficients, basis, bias)
 
 
-def _check_dtypes(input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None) -> None:
+def _check_dtypes(input: Meta, coefficients: Meta, basis: Meta, bias: Meta | None) -> None:
     named = {"coefficients": coefficients} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         if tensor.dtype != input.dtype:
@@ -152,7 +177,7 @@ def _check_dtypes(input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tens
 
 
 def conv_geometry(
-    input: Tensor,
+    input: Meta,
     kernel_size: Sequence[int],
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
@@ -185,7 +210,7 @@ def conv_geometry(
 
 
 def conv_transpose_geometry(
-    input: Tensor,
+    input: Meta,
     kernel_size: Sequence[int],
     stride: int | Sequence[int],
     padding: int | Sequence[int],
@@ -224,7 +249,7 @@ def conv_transpose_geometry(
     return geometry
 
 
-def check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int, input: Tensor) -> None:
+def check_mlp(weights: Sequence[Meta], biases: Sequence[Meta], dims: int, input: Meta) -> None:
     """Raise unless the layers of a coordinate MLP fit each other, `dims` coordinates and the input."""
     if not weights or len(weights) != len(biases):
         raise ValueError(
@@ -240,7 +265,7 @@ def check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int, in
                 f"weights[{index}]: expected float64 if and only if the input is, got "
                 f"{weight.dtype} with input {input.dtype}; convert one of them"
             )
-        if weight.dim() != 2 or weight.shape[1] != width:
+        if len(weight.shape) != 2 or weight.shape[1] != width:
             raise ValueError(
                 f"weights[{index}]: expected [features, {width}], got {_shape(weight)}; each layer "
                 f"takes the previous one's features, the first one the {dims} coordinates"
@@ -250,3 +275,14 @@ def check_mlp(weights: Sequence[Tensor], biases: Sequence[Tensor], dims: int, in
             raise ValueError(
                 f"biases[{index}]: expected [{width}], got {_shape(offset)}; give one per feature"
             )
+
+
+def check_coordinates(coordinates: Meta, kernel_size: tuple[int, ...], input: Meta) -> None:
+    """Raise unless `coordinates` are those of every tap of the kernel."""
+    check_tensor("coordinates", coordinates, input.device)
+    expected = (math.prod(kernel_size), len(kernel_size))
+    if coordinates.shape != expected:
+        raise ValueError(
+            f"coordinates: expected {list(expected)}, a row for each tap of kernel_size {kernel_size}, "
+            f"got {_shape(coordinates)}; give one row per tap"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -16,40 +16,101 @@ from torch import Tensor
 from . import ops, planner
 from .backends.reference import ACTIVATIONS
 from .checks import (
+    Meta,
+    check_coordinates,
     check_mlp,
     check_name,
     check_tensor,
     check_tensors,
     conv_geometry,
     conv_transpose_geometry,
+    meta,
+    metas,
     per_axis,
 )
 from .geometry import Geometry
 from .hypernet import tap_coordinates
+from .memory import remembered
 
 Padding = int | Sequence[int] | str
 
 
-def _convolve(
+Kernel = Tensor | ops.Mlp  # phi `[R, *kernel_size]`, or the MLP whose output it is
+
+
+class _Network(NamedTuple):
+    """What is checked of an MLP whose layers are known to fit each other."""
+
+    features: int
+    dtype: torch.dtype  # of phi
+    device: torch.device
+
+    @classmethod
+    def of(cls, mlp: ops.Mlp) -> _Network:
+        last = mlp.weights[-1]
+        wide = torch.float64 if last.dtype == torch.float64 else torch.float32
+        return cls(last.shape[0], wide, last.device)
+
+
+@remembered
+def _checked(
     dims: int,
-    input: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    bias: Tensor | None,
-    geometry: Callable[[], Geometry],
+    input: Meta,
+    coefficients: Meta,
+    kernel: Meta | _Network,
+    kernel_size: Sequence[int],
+    bias: Meta | None,
+    spaces: tuple[int | Sequence[int] | str, ...],
     groups: int,
     backend: str,
     algorithm: str,
     transposed: bool,
-) -> Tensor:
-    """Check the operands, then the geometry; batched or not."""
+    same_dtype: bool,
+) -> Geometry:
+    """The geometry, if the operands and then the geometry are sound; arguments as for `convolve`."""
     check_name("backend", backend, planner.BACKEND_NAMES)
     check_name("algorithm", algorithm, planner.ALGORITHM_NAMES)
-    check_tensors(dims, input, coefficients, basis, bias, groups, transposed)
-    where = geometry()
-    batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
-    operands = (batched, coefficients, basis, bias, where, backend, algorithm, transposed)
-    output = ops.basis_conv(*operands)
+    if isinstance(kernel, _Network):  # with the constant function if A has its column
+        rank = kernel.features + (coefficients.shape[-1:] == (kernel.features + 1,))
+        kernel = Meta(torch.Size((rank, *kernel_size)), kernel.dtype, kernel.device)
+    check_tensors(dims, input, coefficients, kernel, bias, groups, transposed, same_dtype)
+    geometry: Any = conv_transpose_geometry if transposed else conv_geometry
+    return geometry(input, kernel.shape[1:], *spaces, groups)
+
+
+def convolve(
+    dims: int,
+    input: Tensor,
+    coefficients: Tensor,
+    kernel: Kernel,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    spaces: tuple[int | Sequence[int] | str, ...],
+    groups: int,
+    backend: str,
+    algorithm: str = "auto",
+    transposed: bool = False,
+) -> Tensor:
+    """What every function and layer comes to.
+
+    `kernel_size` says where an MLP's taps lie; `spaces` are (stride, padding, dilation), or of a
+    transposed convolution (stride, padding, output_padding, dilation).
+    """
+    sizes, columns = meta("input", input), meta("coefficients", coefficients)
+    offsets = None if bias is None else meta("bias", bias)
+    if isinstance(kernel, ops.Mlp):
+        known: Meta | _Network = _Network.of(kernel)
+    else:
+        known = meta("basis", kernel)
+    same_dtype = not torch.is_autocast_enabled(sizes.device.type)
+    operands = (dims, sizes, columns, known, kernel_size, offsets, spaces, groups)
+    geometry = _checked(*operands, backend, algorithm, transposed, same_dtype)
+    batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)
+    rest = (bias, geometry, backend, algorithm, transposed)
+    if isinstance(kernel, ops.Mlp):
+        output = ops.hyper_conv(batched, coefficients, kernel, *rest)
+    else:
+        output = ops.basis_conv(batched, coefficients, kernel, *rest)
     return output if batched is input else output.squeeze(0)
 
 
@@ -68,12 +129,8 @@ def basis_conv(
     algorithm: str = "auto",
 ) -> Tensor:
     """`basis_conv1d`, `basis_conv2d` or `basis_conv3d`, by the number `dims` of spatial axes."""
-
-    def geometry() -> Geometry:
-        return conv_geometry(input, basis.shape[1:], stride, padding, dilation, groups)
-
-    operands = (dims, input, coefficients, basis, bias, geometry, groups, backend, algorithm)
-    return _convolve(*operands, transposed=False)
+    spaces = (stride, padding, dilation)
+    return convolve(dims, input, coefficients, basis, (), bias, spaces, groups, backend, algorithm)
 
 
 def basis_conv_transpose(
@@ -92,16 +149,12 @@ def basis_conv_transpose(
     algorithm: str = "auto",
 ) -> Tensor:
     """`basis_conv_transpose1d`, `2d` or `3d`, by the number `dims` of spatial axes."""
-
-    def geometry() -> Geometry:
-        size = basis.shape[1:]
-        return conv_transpose_geometry(input, size, stride, padding, output_padding, dilation, groups)
-
-    operands = (dims, input, coefficients, basis, bias, geometry, groups, backend, algorithm)
-    return _convolve(*operands, transposed=True)
+    spaces = (stride, padding, output_padding, dilation)
+    operands = (dims, input, coefficients, basis, (), bias, spaces, groups)
+    return convolve(*operands, backend, algorithm, transposed=True)
 
 
-def _basis(
+def _mlp(
     dims: int,
     input: Tensor,
     coefficients: Tensor,
@@ -109,27 +162,26 @@ def _basis(
     biases: Sequence[Tensor],
     kernel_size: int | Sequence[int],
     activation: str,
-    coordinates: str,
-    backend: str,
-) -> Tensor:
-    """phi `[R, *kernel_size]` of a coordinate MLP, checked."""
+    coordinates: str | Tensor,
+) -> tuple[ops.Mlp, tuple[int, ...]]:
+    """A coordinate MLP, checked, and its kernel size."""
     size = per_axis("kernel_size", kernel_size, dims, 1)
     check_name("activation", activation, tuple(ACTIVATIONS))
-    check_name("backend", backend, planner.BACKEND_NAMES)
-    check_tensor("input", input)
-    check_tensor("coefficients", coefficients, input.device)
-    check_mlp(weights, biases, dims, input)
+    like, columns = meta("input", input), meta("coefficients", coefficients)
+    check_tensor("input", like)
+    check_tensor("coefficients", columns, like.device)
+    check_mlp(metas("weights", weights), metas("biases", biases), dims, like)
     features = weights[-1].shape[0]
-    rank = coefficients.shape[-1] if coefficients.dim() else 0
-    if rank not in (features, features + 1):
+    if columns.shape[-1:] not in ((features,), (features + 1,)):
         raise ValueError(
             f"coefficients: expected a last axis R={features} (the MLP's features) or {features + 1} "
-            f"(and a bias), got {list(coefficients.shape)}; match them"
+            f"(and a bias), got {list(columns.shape)}; match them"
         )
-    dtype = torch.promote_types(weights[0].dtype, torch.float32)
-    taps = tap_coordinates(size, coordinates, input.device, dtype)
-    basis = ops.coordinate_mlp(taps, weights, biases, activation, rank > features, backend)
-    return basis.view(rank, *size)
+    if isinstance(coordinates, str):
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        coordinates = tap_coordinates(size, coordinates, like.device, dtype)
+    check_coordinates(meta("coordinates", coordinates), size, like)
+    return ops.Mlp(coordinates, weights, biases, activation), size
 
 
 def hyper_conv(
@@ -146,15 +198,15 @@ def hyper_conv(
     groups: int = 1,
     *,
     activation: str = "leaky_relu",
-    coordinates: str = "centered",
+    coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
     """`hyper_conv1d`, `hyper_conv2d` or `hyper_conv3d`, by the number `dims` of spatial axes."""
-    mlp = (weights, biases, kernel_size, activation, coordinates, backend)
-    basis = _basis(dims, input, coefficients, *mlp)
-    operands = (dims, input, coefficients, basis, bias, stride, padding, dilation, groups)
-    return basis_conv(*operands, backend=backend, algorithm=algorithm)
+    given = (weights, biases, kernel_size, activation, coordinates)
+    mlp, size = _mlp(dims, input, coefficients, *given)
+    operands = (dims, input, coefficients, mlp, size, bias, (stride, padding, dilation), groups)
+    return convolve(*operands, backend, algorithm)
 
 
 def hyper_conv_transpose(
@@ -172,16 +224,16 @@ def hyper_conv_transpose(
     dilation: int | Sequence[int] = 1,
     *,
     activation: str = "leaky_relu",
-    coordinates: str = "centered",
+    coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
     """`hyper_conv_transpose1d`, `2d` or `3d`, by the number `dims` of spatial axes."""
-    mlp = (weights, biases, kernel_size, activation, coordinates, backend)
-    basis = _basis(dims, input, coefficients, *mlp)
-    spaces = (stride, padding, output_padding, groups, dilation)
-    operands = (dims, input, coefficients, basis, bias)
-    return basis_conv_transpose(*operands, *spaces, backend=backend, algorithm=algorithm)
+    given = (weights, biases, kernel_size, activation, coordinates)
+    mlp, size = _mlp(dims, input, coefficients, *given)
+    spaces = (stride, padding, output_padding, dilation)
+    operands = (dims, input, coefficients, mlp, size, bias, spaces, groups)
+    return convolve(*operands, backend, algorithm, transposed=True)
 
 
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -223,7 +275,8 @@ _HYPER = """{dims}-D hyper-convolution: `{base}` whose basis is a coordinate MLP
         kernel_size: an integer, or ({kernel}).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
-        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`.
+        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
+            themselves, `[K, {dims}]`, K the number of taps, the last axis of the kernel fastest.
 
     All other arguments, the result and the errors are those of `{base}`.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 Ints = tuple[int, ...]
@@ -31,6 +32,16 @@ class Geometry:
     padding: Ints
     dilation: Ints
     groups: int
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(
+            (*self.input_size, *self.output_size, *self.kernel_size, *self.stride, *self.padding)
+        )
+
+    def __hash__(self) -> int:
+        """Worked out once: every launch looks its plan up by its geometry."""
+        return self._hash
 
     @classmethod
     def conv(

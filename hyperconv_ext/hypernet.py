@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends.reference import ACTIVATIONS
+from .ops.registry import without_autocast
 
 COORDINATES = ("centered", "unit")
 
@@ -40,6 +41,12 @@ def tap_coordinates(
         axis = torch.arange(size, device=device, dtype=dtype) - half
         axes.append(axis / half if coordinates == "unit" and size > 1 else axis)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(axes))
+
+
+def _parameter(layer: nn.Module, name: str) -> Tensor:
+    """`layer.name`, found at once where it is a parameter of its own and not a parametrization."""
+    parameter = layer._parameters.get(name)
+    return getattr(layer, name) if parameter is None else parameter
 
 
 class CoordinateMLP(nn.Module):
@@ -90,6 +97,13 @@ class CoordinateMLP(nn.Module):
             nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairwise(widths)
         )
 
+    def operator(self, coordinates: Tensor) -> ops.Mlp:
+        """The network at `coordinates` `[K, D]`, as the operators take it."""
+        layers = self._linear()
+        weights = [_parameter(layer, "weight") for layer in layers]
+        biases = [_parameter(layer, "bias") for layer in layers]
+        return ops.Mlp(coordinates, weights, biases, self.activation)
+
     def _linear(self) -> list[nn.Linear]:
         return cast("list[nn.Linear]", list(self.layers))
 
@@ -100,9 +114,7 @@ class CoordinateMLP(nn.Module):
 
     def basis(self, coordinates: Tensor, constant: bool, backend: str = "auto") -> Tensor:
         """phi `[R, K]`: the features, and the constant 1 as one more function if `constant`."""
-        weights = [layer.weight for layer in self._linear()]
-        biases = [layer.bias for layer in self._linear()]
-        return ops.coordinate_mlp(coordinates, weights, biases, self.activation, constant, backend)
+        return ops.coordinate_mlp(*self.operator(coordinates), constant, backend)
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Features `[K, N]` at `coordinates` `[K, D]`."""
@@ -172,7 +184,7 @@ class TapBatchNorm(nn.Module):
         Raises:
             ValueError: one tap only, in training mode: it has no variance.
         """
-        with ops.without_autocast(basis.device):
+        with without_autocast(basis.device):
             return self._normalised(coefficients, basis, track)
 
     def _normalised(self, coefficients: Tensor, basis: Tensor, track: bool) -> Tensor:

@@ -20,7 +20,8 @@ def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """An uninitialised `[B, channels, *size]` with the batch, dtype and layout of `like`."""
     batch = like.shape[0]
     if channels_last(like):
-        return like.new_empty((batch, *size, channels)).movedim(-1, 1)
+        axes = range(1, len(size) + 1)
+        return like.new_empty((batch, *size, channels)).permute(0, len(size) + 1, *axes)
     return like.new_empty((batch, channels, *size))
 
 
@@ -31,9 +32,7 @@ def conform(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def aligned(tensor: Tensor) -> bool:
-    """Whether `tensor` is channels last and every position starts at a multiple of `GRANULE`."""
-    if not channels_last(tensor) or tensor.data_ptr() % 16:
-        return False
-    strides = (s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if s != 1 and n > 1)
-    return all(stride % GRANULE == 0 for stride in strides)
+def aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether `[B, C, *S]` is channels last and every position starts at a multiple of `GRANULE`."""
+    steps = (step for step, size in zip(strides, shape, strict=True) if step != 1 and size > 1)
+    return strides[1] == 1 and all(step % GRANULE == 0 for step in steps)

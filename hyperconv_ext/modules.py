@@ -21,6 +21,7 @@ from .checks import (
     check_name,
     conv_geometry,
     conv_transpose_geometry,
+    meta,
     per_axis,
 )
 from .geometry import Geometry
@@ -183,6 +184,13 @@ class HyperConvNd(nn.Module, ABC):
         features = self._module_features().T
         return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
 
+    def _operands(self) -> tuple[Tensor, functional.Kernel]:
+        """(A, phi or the MLP whose output it is) of the next forward pass."""
+        hypernet, coefficients = self.hypernet, self.coefficients
+        if isinstance(hypernet, CoordinateMLP) and self.weight_norm is None:
+            return coefficients, hypernet.operator(self.taps)
+        return self.kernel(track=True)
+
     def kernel(self, track: bool) -> tuple[Tensor, Tensor]:
         """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
         basis = self._basis(self.backend)
@@ -337,26 +345,23 @@ class _HyperConv(HyperConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B."""
-        coefficients, basis = self.kernel(track=True)
         padded, padding = self._padded(input)
-        return functional.basis_conv(
+        return functional.convolve(
             self.dims,
             padded,
-            coefficients,
-            basis,
+            *self._operands(),
+            self.kernel_size,
             self.bias,
-            self.stride,
-            padding,
-            self.dilation,
+            (self.stride, padding, self.dilation),
             self.groups,
-            backend=self.backend,
+            self.backend,
         )
 
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
         padded, padding = self._padded(input)
         batched = padded if padded.dim() == self.dims + 2 else padded.unsqueeze(0)
         arguments = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return batched, conv_geometry(batched, *arguments)
+        return batched, conv_geometry(meta("input", batched), *arguments)
 
 
 class _HyperConvTranspose(HyperConvNd):
@@ -423,19 +428,17 @@ class _HyperConvTranspose(HyperConvNd):
             input: x.
             output_size: S', in the place of `output_padding`; may begin with B and C_out.
         """
-        coefficients, basis = self.kernel(track=True)
-        return functional.basis_conv_transpose(
+        extra = self._extra(input, output_size)
+        return functional.convolve(
             self.dims,
             input,
-            coefficients,
-            basis,
+            *self._operands(),
+            self.kernel_size,
             self.bias,
-            self.stride,
-            self.padding,
-            self._extra(input, output_size),
+            (self.stride, self.padding, extra, self.dilation),
             self.groups,
-            self.dilation,
-            backend=self.backend,
+            self.backend,
+            transposed=True,
         )
 
     def _extra(self, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
@@ -447,7 +450,13 @@ class _HyperConvTranspose(HyperConvNd):
             wanted = wanted[-self.dims :]
         none = (0,) * self.dims
         geometry = conv_transpose_geometry(
-            input, self.kernel_size, self.stride, self.padding, none, self.dilation, self.groups
+            meta("input", input),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            none,
+            self.dilation,
+            self.groups,
         )
         least, step = geometry.input_size, self.stride
         if len(wanted) != self.dims or any(
@@ -463,7 +472,7 @@ class _HyperConvTranspose(HyperConvNd):
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
         batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
         return batched, conv_transpose_geometry(
-            batched,
+            meta("input", batched),
             self.kernel_size,
             self.stride,
             self.padding,

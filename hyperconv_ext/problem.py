@@ -64,7 +64,9 @@ class Problem:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # the planner makes one of each: what hangs on a plan is found by identity
 class Plan:
     """How a problem will be computed.
 

@@ -54,7 +54,7 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     if not isinstance(conv.hypernet, CoordinateMLP):
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
-    dtype = ops.dtype_name(conv.coefficients)
+    dtype = backends.dtype_name(conv.coefficients.dtype)
     engine, reason = planner.mlp_backend(conv.hypernet.widths, dtype, device, backend)
     return f"one fused kernel of {engine}" if engine else f"PyTorch ({reason})"
 

@@ -16,6 +16,8 @@ import torch
 
 from hyperconv_ext import ops
 from hyperconv_ext.backends.cuda import launch, library, tiles
+from hyperconv_ext.ops import mlp
+from hyperconv_ext.problem import OPS
 
 from . import host_build
 from .oracle import relative_error
@@ -56,7 +58,7 @@ def convolution_error() -> float:
     return _worst(errors)
 
 
-OPS_INDEX = {op: ops.OPS.index(op) for op in RUNS.values()}
+OPS_INDEX = {op: OPS.index(op) for op in RUNS.values()}
 
 
 def mlp_error() -> float:
@@ -64,7 +66,7 @@ def mlp_error() -> float:
     weights, biases = [torch.randn(16, 2), torch.randn(4, 16)], [torch.randn(16), torch.randn(4)]
     operands = (torch.randn(5, 25), torch.randn(25, 2), weights, biases, "tanh")
     actual = launch.coordinate_mlp_bwd(*operands)
-    truth = ops._mlp_backward(*operands, "reference")
+    truth = mlp.backward(*operands, "reference")
     return _worst([relative_error(a, t.double()) for a, t in zip(actual, truth, strict=True)])
 
 

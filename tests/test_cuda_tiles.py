@@ -151,7 +151,7 @@ class _Tf32Convolution(torch.autograd.Function):
 
 def _tf32_reference(case: Case, tensors: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     """Output and four gradients of building W and convolving in TF32."""
-    from hyperconv_ext.functional import conv_geometry
+    from hyperconv_ext.checks import conv_geometry, meta
 
     leaves = [t.clone().requires_grad_() for t in tensors]
     input, coefficients, basis, bias = leaves
@@ -159,7 +159,7 @@ def _tf32_reference(case: Case, tensors: list[Tensor], cotangent: Tensor) -> lis
     padding = case.padding
     if isinstance(padding, int):
         padding = (padding, padding)
-    geometry = conv_geometry(input, case.kernel, pairs[0], padding, pairs[1], case.groups)
+    geometry = conv_geometry(meta("input", input), case.kernel, pairs[0], padding, pairs[1], case.groups)
     weight = materialize_weight(coefficients, basis)
     output = _Tf32Convolution.apply(input, weight, geometry) + bias.view(1, -1, 1, 1)
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))]

@@ -5,7 +5,8 @@ A backend is a module with `ALGORITHMS`, `can_run(problem, algorithm) -> (ok, re
 per operator in `problem.OPS`. `flops` counts two for each multiply-add that the plan executes, those
 with the zeros of banded products and of channels rounded up among them, and those that build W on chip.
 One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the coordinate MLP:
-`coordinate_mlp_fwd`, `coordinate_mlp_bwd`.
+`coordinate_mlp_fwd`, `coordinate_mlp_bwd`, and `hyper_conv_fwd`, the forward operator or the input
+gradient whose basis is an MLP's.
 """
 
 from __future__ import annotations
@@ -34,11 +35,22 @@ def tf32_allowed() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
+@lru_cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as `Problem` has it: `'bfloat16'`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(device: torch.device) -> Device:
     """The facts about `device` that planning needs."""
     if device.type != "cuda":
-        return Device(device.type)
+        return _describe_other(device.type)
     return _describe_cuda(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _describe_other(kind: str) -> Device:
+    return Device(kind)
 
 
 @lru_cache

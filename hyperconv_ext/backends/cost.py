@@ -110,24 +110,23 @@ def compulsory_bytes(problem: Problem) -> float:
     return sizes + (4 * gradient_numbers(problem) if problem.op == "basis_conv_bwd_basis" else 0)
 
 
-def operator(
-    problem: Problem, main: Work, bands: float, packed: float, slices: int, atomic: bool
-) -> list[Work]:
-    """The launches of a fused operator around its `main` one.
+def around(
+    problem: Problem, bands: float, packed: float, slices: int, atomic: bool
+) -> tuple[Work, float, list[Work]]:
+    """(the launch before a fused operator's main one, the main one's `dram`, the launches after it).
 
-    Before it, the bands and A packed are written, of so many bytes (0: not needed). The float32 sums
-    that a gradient leaves in `slices` are added up after it, atomic ones filled with zeros before; the
-    gradient of A is then cast.
+    Bands and A packed are written first, of so many bytes (0: not needed). The float32 sums that a
+    gradient leaves in `slices` are added up, those of atomic additions begin as zeros; the gradient of A
+    is cast.
     """
-    element, numbers = width(problem), gradient_numbers(problem)
-    read = element * coefficients(problem) if packed else 0
-    works = [Work(dram=bands + packed + read)]
+    element, weights, numbers = width(problem), coefficients(problem), gradient_numbers(problem)
+    before = Work(dram=bands + packed + (element * weights if packed else 0))
     partial = 4 * numbers * (1 if atomic else slices)
-    works.append(main._replace(dram=compulsory_bytes(problem) + bands + packed + partial))
+    after = []
     if atomic:
-        works.append(Work(dram=4 * numbers))
+        after.append(Work(dram=4 * numbers))
     elif slices > 1:
-        works.append(Work(dram=partial + 4 * numbers))
+        after.append(Work(dram=partial + 4 * numbers))
     if problem.op == "basis_conv_bwd_coeff" and element < 4:
-        works.append(Work(dram=(4 + element) * numbers))
-    return works
+        after.append(Work(dram=(4 + element) * numbers))
+    return before, compulsory_bytes(problem) + bands + packed + partial, after

@@ -490,6 +490,8 @@ int launch(const Launch& launch) {
                                               " are allowed"));
   }
   read_environment();
+  const char* execute = std::getenv("HYPERCONV_HOST_EXECUTE");
+  if (execute != nullptr && std::strcmp(execute, "0") == 0) return cudaSuccess;
   try {
     run_grid(launch);
   } catch (const std::exception& error) {
@@ -597,4 +599,9 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
   return cudaSuccess;
+}
+
+// Launches so far, executed or not.
+extern "C" __attribute__((visibility("default"))) uint64_t hyperconv_host_launches() {
+  return hyperconv_host::launches;
 }

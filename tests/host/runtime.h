@@ -21,6 +21,7 @@
 // Environment, read at every launch:
 //   HYPERCONV_HOST_SEED=n        the schedule's seed (default 0), to which the launches so far are added
 //   HYPERCONV_HOST_SKIP=file:n   the __syncthreads() in line n of that file does nothing
+//   HYPERCONV_HOST_EXECUTE=0     launches are checked and counted, and leave their output as it was
 #pragma once
 
 #include <cstddef>

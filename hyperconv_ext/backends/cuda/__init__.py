@@ -82,5 +82,6 @@ basis_conv_fwd = launch.basis_conv_fwd
 basis_conv_bwd_input = launch.basis_conv_bwd_input
 basis_conv_bwd_coeff = launch.basis_conv_bwd_coeff
 basis_conv_bwd_basis = launch.basis_conv_bwd_basis
+hyper_conv_fwd = launch.hyper_conv_fwd
 coordinate_mlp_fwd = launch.coordinate_mlp_fwd
 coordinate_mlp_bwd = launch.coordinate_mlp_bwd

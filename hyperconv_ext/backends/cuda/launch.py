@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...layout import new_activation
-from ...problem import Plan, Problem
+from ...problem import Plan
 from ..reference import ACTIVATIONS, LEAKY_SLOPE
 from ..shares import total
-from .tiles import Map, Tile, basis_pieces, channels, map_of, shares
+from .tiles import basis_pieces, channels, map_of, shares
 
 _TILE = 256  # elements of a packed 16x16 tile
 _ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers are those of `Activation` in csrc/launchers.h
@@ -22,59 +24,75 @@ def _launch(name: str, *args: Any) -> None:
     getattr(torch.ops.hyperconv_ext_cuda, name)(*args)
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """What the launches of a plan take that does not depend on its tensors."""
+
+    numbers: Tensor  # int32, what `parse_plan` in csrc/library.cpp reads
+    workspace: int  # elements for the bands and the rearranged coefficients
+    shares: int
+    atomic: bool
+    pieces: int
+
+
 @lru_cache(maxsize=4096)
-def _dealt(problem: Problem, tile: Tile) -> tuple[Map, int, bool]:
-    """(row map, shares of the sum over outputs, whether atomic): once, not at every launch."""
-    return map_of(problem, tile.unit, tile.grid), *shares(problem, tile)
-
-
-def _choice(tile: Tile) -> list[int]:
-    """The numbers in the order of `parse_choice` in csrc/library.cpp."""
-    kernel = tile.kernel
-    return [
-        kernel.outputs // 16,
-        kernel.ranks,
-        tile.warps,
-        tile.slice,
-        tile.stages,
-        tile.shared_bytes,
-    ]
-
-
-def _new_bands(plan: Plan, map: Map, like: Tensor) -> Tensor:
-    return like.new_empty((map.units.bands, plan.problem.rank, map.chunks, _TILE))
-
-
-def _new_packed(plan: Plan, like: Tensor, size_i: int, size_o: int, multiple: int) -> Tensor:
-    """Room for the coefficients as tiles: channels rounded up to 16 (in) and `multiple` (out)."""
+def _fixed_of(plan: Plan) -> _Fixed:
+    """Once for a plan, not at every launch."""
+    problem, tile = plan.problem, plan.tile
+    kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
+    size_i, size_o = channels(problem)
+    multiple = kernel.outputs
+    if kernel.family == "basis_gradient":  # u is a product over the outputs
+        size_i, size_o, multiple = size_o, size_i, 16
     tiles_i, tiles_o = -(-size_i // 16), -(-size_o // multiple) * (multiple // 16)
-    problem = plan.problem
-    return like.new_empty((problem.geometry.groups, tiles_i, problem.rank, tiles_o, _TILE))
+    bands = 0 if kernel.family == "basis_gradient" else map.units.bands * map.chunks
+    packed = 0
+    if kernel.family != "coefficient_gradient":
+        packed = problem.geometry.groups * tiles_i * tiles_o
+    choice = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
+    return _Fixed(
+        torch.tensor([*map.numbers, *choice, tile.shared_bytes], dtype=torch.int32, device="cpu"),
+        (bands + packed) * problem.rank * _TILE,
+        *shares(problem, tile),
+        basis_pieces(map),
+    )
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return (
+        tensor
+        if tensor.dtype == torch.float32 and tensor.is_contiguous()
+        else tensor.float().contiguous()
+    )
+
+
+def _output(plan: Plan, source: Tensor) -> Tensor:
+    """Uninitialised result of `basis_conv_fwd` or `basis_conv_bwd_input`."""
+    problem, geometry = plan.problem, plan.problem.geometry
+    if problem.op == "basis_conv_fwd":
+        return new_activation(source, problem.out_channels, geometry.output_size)
+    return new_activation(source, problem.in_channels, geometry.input_size)
+
+
+def _bias(bias: Tensor | None, source: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(source.dtype).contiguous()
 
 
 def _convolve(
-    plan: Plan,
-    source: Tensor,
-    coefficients: Tensor,
-    basis: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
+    plan: Plan, source: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`basis_conv_fwd` and `basis_conv_bwd_input`."""
-    problem, tile = plan.problem, plan.tile
-    map, _, _ = _dealt(problem, tile)
-    packed = _new_packed(plan, source, *channels(problem), tile.kernel.outputs)
+    """`basis_conv_fwd` and `basis_conv_bwd_input`: two launches."""
+    problem, fixed = plan.problem, _fixed_of(plan)
+    output = _output(plan, source)
     _launch(
         problem.op,
         source,
         coefficients,
-        basis.float().contiguous(),
-        None if bias is None else bias.to(source.dtype).contiguous(),
+        _float(basis),
+        _bias(bias, source),
         output,
-        _new_bands(plan, map, source),
-        packed,
-        map.numbers,
-        _choice(tile),
+        source.new_empty(fixed.workspace),
+        fixed.numbers,
         problem.geometry.groups,
         problem.tf32,
         problem.aligned,
@@ -86,18 +104,52 @@ def basis_conv_fwd(
     plan: Plan, input: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:
     """y `[B, C_out, *S']`."""
-    problem = plan.problem
-    output = new_activation(input, problem.out_channels, problem.geometry.output_size)
-    return _convolve(plan, input, coefficients, basis, bias, output)
+    return _convolve(plan, input, coefficients, basis, bias)
 
 
 def basis_conv_bwd_input(
     plan: Plan, grad: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
-    problem = plan.problem
-    output = new_activation(grad, problem.in_channels, problem.geometry.input_size)
-    return _convolve(plan, grad, coefficients, basis, bias, output)
+    return _convolve(plan, grad, coefficients, basis, bias)
+
+
+def hyper_conv_fwd(
+    plan: Plan,
+    input: Tensor,
+    coefficients: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(the result of the plan's operator, phi `[R, K]` in float32): two launches."""
+    problem, fixed = plan.problem, _fixed_of(plan)
+    output = _output(plan, input)
+    basis = coordinates.new_empty((problem.rank, problem.geometry.taps), dtype=torch.float32)
+    if weights[0].dtype != input.dtype:  # the kernel reads float32 or the operands' type
+        weights, biases = [w.float() for w in weights], [b.float() for b in biases]
+    _launch(
+        "hyper_conv_fwd",
+        input,
+        coefficients,
+        _float(coordinates),
+        _contiguous(weights),
+        _contiguous(biases),
+        _bias(bias, input),
+        output,
+        basis,
+        input.new_empty(fixed.workspace),
+        _ACTIVATIONS.index(activation),
+        LEAKY_SLOPE,
+        fixed.numbers,
+        problem.geometry.groups,
+        problem.op == "basis_conv_bwd_input",
+        problem.tf32,
+        problem.aligned,
+    )
+    return output, basis
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
@@ -106,58 +158,53 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     Bitwise repeatable where the shares of the work fit in a workspace smaller than W, and always
     under `torch.use_deterministic_algorithms`; otherwise summed by atomic additions.
     """
-    problem, tile = plan.problem, plan.tile
-    map, splits, atomic = _dealt(problem, tile)
+    problem, fixed = plan.problem, _fixed_of(plan)
     shape = (problem.out_channels, channels(problem)[0], problem.rank)
-    if atomic:
+    if fixed.atomic:
         partial = input.new_zeros(shape, dtype=torch.float32)
     else:
-        partial = input.new_empty((splits, *shape), dtype=torch.float32)
+        partial = input.new_empty((fixed.shares, *shape), dtype=torch.float32)
     _launch(
         "basis_conv_bwd_coeff",
         grad,
         input,
-        basis.float().contiguous(),
+        _float(basis),
         partial,
-        _new_bands(plan, map, input),
-        map.numbers,
-        _choice(tile),
+        input.new_empty(fixed.workspace),
+        fixed.numbers,
         problem.geometry.groups,
-        splits,
-        atomic,
+        fixed.shares,
+        fixed.atomic,
         problem.tf32,
         problem.aligned,
     )
-    return (partial if atomic else total(partial)).to(input.dtype)
+    return (partial if fixed.atomic else total(partial)).to(input.dtype)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     """The gradient of phi, `[R, *kernel_size]`, in float32. Bitwise repeatable."""
-    problem, tile = plan.problem, plan.tile
+    problem, fixed = plan.problem, _fixed_of(plan)
     geometry, rank = problem.geometry, problem.rank
-    map, splits, _ = _dealt(problem, tile)
-    pieces = basis_pieces(map)
-    size_i, size_o = channels(problem)
-    partial = input.new_empty((splits * pieces, rank, geometry.taps), dtype=torch.float32)
+    slices = fixed.shares * fixed.pieces
+    partial = input.new_empty((slices, rank, geometry.taps), dtype=torch.float32)
     _launch(
         "basis_conv_bwd_basis",
         grad,
         input,
         coefficients,
         partial,
-        _new_packed(plan, input, size_o, size_i, 16),
-        map.numbers,
-        _choice(tile),
+        input.new_empty(fixed.workspace),
+        fixed.numbers,
         geometry.groups,
-        splits,
-        pieces,
+        fixed.shares,
+        fixed.pieces,
         problem.tf32,
         problem.aligned,
     )
     return total(partial).view(rank, *geometry.kernel_size)
 
 
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 

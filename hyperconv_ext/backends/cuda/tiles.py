@@ -147,7 +147,7 @@ class Map:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """All of it in the order of `parse_lattice` in csrc/library.cpp."""
+        """All of it in the order of `parse_plan` in csrc/library.cpp."""
         batch_blocks, *axis_blocks = self.axis_blocks
         numbers: list[int] = []
         rows = zip(self.units.axes, self.grid[1:], axis_blocks, self.halo_shape, strict=True)
@@ -321,17 +321,6 @@ def _works(problem: Problem, tile: Tile, map: Map) -> list[Work]:
     # A single halo, or one read element by element, is waited for by itself.
     alone = tile.stages == 1 or not problem.aligned
     room = figures(problem.device).shared_memory // (tile.shared_bytes + 1024)
-    main = Work(
-        number=kernel.number,
-        multiply_adds=_PRODUCT * tile.warps * loop.total,
-        blocks=loop.blocks,
-        warps=tile.warps,
-        resident=max(1, min(8 // tile.warps, room)),
-        products=_PRODUCT * tile.warps * loop.products * loop.items,
-        shared=loop.items * (tile.warps * (loop.read * width + shuffled) + loop.loaded),
-        cache=loop.items * loop.loaded + loop.stored,
-        steps=loop.items * (loop.steps + alone),
-    )
     size_i, size_o = channels(problem)
     bands = packed = 0
     if kernel.family != "basis_gradient":
@@ -340,12 +329,20 @@ def _works(problem: Problem, tile: Tile, map: Map) -> list[Work]:
         padded = _up(size_o, kernel.outputs if kernel.family == "basis_conv" else 16)
         packed = problem.geometry.groups * -(-size_i // 16) * problem.rank * (padded // 16) * width
     slices = count * (basis_pieces(map) if kernel.family == "basis_gradient" else 1)
-    return cost.operator(problem, main, bands, packed, slices, atomic)
-
-
-def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated time of an operator."""
-    return cost.seconds(works(problem, tile), problem.device)
+    before, dram, after = cost.around(problem, bands, packed, slices, atomic)
+    main = Work(
+        number=kernel.number,
+        multiply_adds=_PRODUCT * tile.warps * loop.total,
+        dram=dram,
+        blocks=loop.blocks,
+        warps=tile.warps,
+        resident=max(1, min(8 // tile.warps, room)),
+        products=_PRODUCT * tile.warps * loop.products * loop.items,
+        shared=loop.items * (tile.warps * (loop.read * width + shuffled) + loop.loaded),
+        cache=loop.items * loop.loaded + loop.stored,
+        steps=loop.items * (loop.steps + alone),
+    )
+    return [before, main, *after]
 
 
 def _splits(total: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

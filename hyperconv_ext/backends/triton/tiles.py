@@ -302,9 +302,19 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
         count = split_basis(problem, tile)
         slices = count * (patch_size // tile.patch)
     loop = _loop(problem, tile, lattice, count)
+    width = 2 if tile.number == "half" else 4
+    bands = packed = 0
+    if tile.kernel != "basis_gradient":
+        element = 4 if tile.kernel == "direct" else width
+        bands = element * lattice.bands * problem.rank * tile.positions * patch_size
+    if tile.kernel != "coefficients":
+        rank = tile.rank if tile.kernel == "direct" else problem.rank
+        packed = width * problem.in_channels * problem.out_channels // groups * rank
+    before, dram, after = cost.around(problem, bands, packed, slices, atomic)
     main = Work(
         number=tile.number,
         multiply_adds=loop.total * (loop.products + loop.built),
+        dram=dram,
         blocks=loop.programs,
         warps=tile.warps,
         resident=max(1, 8 // tile.warps),  # by their registers
@@ -314,20 +324,7 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
         cache=loop.items * loop.loaded + loop.stored,
         steps=loop.items * loop.steps,
     )
-    width = 2 if tile.number == "half" else 4
-    bands = packed = 0
-    if tile.kernel != "basis_gradient":
-        element = 4 if tile.kernel == "direct" else width
-        bands = element * lattice.bands * problem.rank * tile.positions * patch_size
-    if tile.kernel != "coefficients":
-        rank = tile.rank if tile.kernel == "direct" else problem.rank
-        packed = width * problem.in_channels * problem.out_channels // groups * rank
-    return cost.operator(problem, main, bands, packed, slices, atomic)
-
-
-def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated time of an operator."""
-    return cost.seconds(works(problem, tile), problem.device)
+    return [before, main, *after]
 
 
 @lru_cache(maxsize=4096)
@@ -335,7 +332,8 @@ def choose(problem: Problem, algorithm: str) -> tuple[Tile, float]:
     """The tile with the least estimated time, and that time in seconds."""
     kernel = kernel_of(problem, algorithm)
     candidates = [tile for tile in ALL if tile.kernel == kernel and fits(problem, tile)]
-    return min(((tile, seconds(problem, tile)) for tile in candidates), key=lambda pair: pair[1])
+    priced = ((tile, cost.seconds(works(problem, tile), problem.device)) for tile in candidates)
+    return min(priced, key=lambda pair: pair[1])
 
 
 def split_coefficients(problem: Problem, tile: Tile) -> tuple[int, bool]:

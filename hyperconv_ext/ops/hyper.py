@@ -1,0 +1,243 @@
+"""From the coordinate MLP to the output in one operator, where a backend has kernels for it.
+
+It returns y and phi. phi is saved for backward, where everything is as for a basis that was given: the
+derivative of y by phi, and then that of phi by the MLP's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, planner
+from ..geometry import Geometry
+from . import mlp as mlp_operators
+from .convolution import (
+    BASIS,
+    COEFFICIENTS,
+    GEOMETRY_SCHEMA,
+    GRAD,
+    INPUT,
+    OTHERS,
+    basis_conv,
+    bias_gradient,
+    derivative,
+    flatten,
+    geometry_of,
+    new_output,
+    plan_of,
+    run,
+)
+from .registry import Function, for_autocast, register, transforming, unwatched
+
+_SCHEMA = (
+    "hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates, Tensor[] weights, "
+    f"Tensor[] biases, Tensor? bias, str activation, bool transposed, {GEOMETRY_SCHEMA}) "
+    "-> (Tensor, Tensor)"
+)
+
+
+class Mlp(NamedTuple):
+    """The coordinate MLP of `backends.reference.coordinate_mlp`."""
+
+    coordinates: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    activation: str
+
+    @property
+    def features(self) -> int:
+        """N: phi has N functions, and the constant one if the coefficients have a column for it."""
+        return self.weights[-1].shape[0]
+
+
+def _slot(transposed: bool) -> int:
+    return INPUT if transposed else GRAD
+
+
+_Compute = Callable[..., tuple[Tensor, Tensor]]
+
+
+class HyperConvFunction(Function):
+    """(y, phi) of x, A, the coordinates and the parameters of an MLP; differentiable to any order.
+
+    Not under transforms: `hyper_conv` composes its parts there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: _Compute,
+        choice: tuple[bool, Geometry, str, str],
+        activation: str,
+        bias: Tensor | None,
+        input: Tensor,
+        coefficients: Tensor,
+        coordinates: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        layers = len(parameters) // 2
+        mlp = (coordinates, parameters[:layers], parameters[layers:], activation)
+        output, basis = compute(input, coefficients, *mlp, bias)
+        ctx.rest = choice, activation, None if bias is None else bias.dtype
+        ctx.save_for_backward(input, coefficients, coordinates, basis, *parameters)
+        ctx.set_materialize_grads(False)
+        return output, basis
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        (transposed, geometry, backend, algorithm), activation, bias_dtype = ctx.rest
+        input, coefficients, coordinates, basis, *parameters = ctx.saved_tensors
+        needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[3:]
+        grad, basis_grad = grads
+        bias_grad = input_grad = coefficients_grad = None
+        if grad is not None:
+            slot = _slot(transposed)
+            first = OTHERS[slot][0]
+            shaped = basis.view(-1, *geometry.kernel_size)
+            full = {slot: grad, first: input, COEFFICIENTS: coefficients, BASIS: shaped}
+            choice = (full, geometry, backend, algorithm)
+            if needs_bias:
+                bias_grad = bias_gradient(grad, bias_dtype)
+            if needs_input:
+                input_grad = derivative(first, *choice)
+            if needs_coefficients:
+                coefficients_grad = derivative(COEFFICIENTS, *choice)
+            if any(needs_parameters):
+                through_output = derivative(BASIS, *choice).flatten(1)
+                basis_grad = through_output if basis_grad is None else basis_grad + through_output
+        parameter_grads: Sequence[Tensor | None] = (None,) * len(parameters)
+        if basis_grad is not None and any(needs_parameters):
+            half = len(parameters) // 2
+            layers = parameters[:half], parameters[half:]
+            parameter_grads = mlp_operators.backward(
+                basis_grad, coordinates, *layers, activation, backend
+            )
+        return *(None,) * 3, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
+
+
+def hyper_conv(
+    input: Tensor,
+    coefficients: Tensor,
+    mlp: Mlp,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    transposed: bool = False,
+) -> Tensor:
+    """`basis_conv` whose phi is that of `mlp`, with the constant function if A has a column for it."""
+    coordinates, weights, biases, activation = mlp
+    out_channels, _, rank = coefficients.shape
+    numbers = (input.device.type, geometry.taps, out_channels, rank)
+    backend = planner.resolve(backend, algorithm, *numbers)
+    compute = None
+    if backend != "reference" and not coordinates.requires_grad:
+        if torch.is_autocast_enabled(input.device.type):
+            input, coefficients = for_autocast(input), for_autocast(coefficients)
+            bias = None if bias is None else for_autocast(bias)
+        choice = (transposed, geometry, backend, algorithm)
+        compute = _computation(input, coefficients, mlp, *choice)
+    if compute is None:
+        basis = mlp_operators.coordinate_mlp(*mlp, rank > mlp.features, backend)
+        shaped = basis.view(-1, *geometry.kernel_size)
+        where = (geometry, backend, algorithm, transposed)
+        return basis_conv(input, coefficients, shaped, bias, *where)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return compute(input, coefficients, *mlp, bias)[0]
+    operands = (bias, input, coefficients, coordinates, *weights, *biases)
+    return HyperConvFunction.apply(compute, choice, activation, *operands)[0]
+
+
+def _computation(
+    input: Tensor,
+    coefficients: Tensor,
+    mlp: Mlp,
+    transposed: bool,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+) -> _Compute | None:
+    """(x, A, *MLP, bias) -> (y, phi): the operator, or what is behind it; None: compose the parts."""
+    if torch.compiler.is_compiling():
+        return partial(_call, transposed, geometry, backend, algorithm)
+    if transforming():
+        return None
+    tensors = (input, coefficients)
+    if not unwatched((*tensors, mlp.coordinates, *mlp.weights, *mlp.biases)):
+        engine = mlp_operators.engine_of(mlp.coordinates, mlp.weights, backend)
+        call = partial(_call_below_autograd, transposed, geometry, backend, algorithm)
+        return None if engine is None else call
+    plan = plan_of(_slot(transposed), tensors, geometry, backend, algorithm)
+    if plan is None:
+        return None
+    engine = mlp_operators.engine_of(mlp.coordinates, mlp.weights, plan.backend)
+    return None if engine is None else partial(engine.hyper_conv_fwd, plan)
+
+
+def _call(
+    transposed: bool,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    input: Tensor,
+    coefficients: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The registered operator."""
+    operands = (input, coefficients, coordinates, weights, biases, bias, activation, transposed)
+    return torch.ops.hyperconv_ext.hyper_conv_fwd(*operands, *flatten(geometry), backend, algorithm)
+
+
+def _call_below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(*args)
+
+
+def _kernel(
+    input: Tensor,
+    coefficients: Tensor,
+    coordinates: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    *spelled: Any,
+) -> tuple[Tensor, Tensor]:
+    """In one go where the planned backend evaluates MLPs, else one after the other."""
+    slot, tensors, geometry = _slot(transposed), (input, coefficients), geometry_of(spelled)
+    plan = plan_of(slot, tensors, geometry, *spelled[-2:])
+    mlp = (coordinates, weights, biases, activation)
+    if plan is not None and mlp_operators.engine_of(coordinates, weights, plan.backend) is not None:
+        return backends.BACKENDS[plan.backend].hyper_conv_fwd(plan, *tensors, *mlp, bias)
+    constant = coefficients.shape[2] > weights[-1].shape[0]
+    basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp, constant, spelled[-2])
+    shaped = basis.view(-1, *geometry.kernel_size)
+    return run(slot, plan, (*tensors, shaped), bias, geometry), basis
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    input, coefficients, coordinates, weights, _, _, _, transposed, *spelled = args
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    basis = coordinates.new_empty((coefficients.shape[2], coordinates.shape[0]), dtype=dtype)
+    return new_output(_slot(transposed), (input, coefficients), geometry_of(spelled)), basis
+
+
+def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    input, coefficients, coordinates, weights, biases, bias, activation, transposed, *spelled = args
+    choice = (transposed, geometry_of(spelled), *spelled[-2:])
+    operands = (bias, input, coefficients, coordinates, *weights, *biases)
+    compute = partial(_call_below_autograd, *choice)
+    return HyperConvFunction.apply(compute, choice, activation, *operands)
+
+
+register(_SCHEMA, _kernel, _fake, _autograd)

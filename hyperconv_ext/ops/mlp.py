@@ -1,0 +1,197 @@
+"""The coordinate MLP as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, planner
+from ..backends import reference
+from ..memory import remembered
+from ..problem import Device
+from .registry import Function, one_by_one, register, unwatched, without_autocast
+
+_SCHEMAS = (
+    "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, str activation, "
+    "bool constant, str backend) -> Tensor",
+    "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "
+    "str activation, str backend) -> Tensor[]",
+)
+
+
+class CoordinateMLPFunction(Function):
+    """phi of the coordinate MLP in one launch, its gradient in another.
+
+    Derivatives of higher order, forward mode and `vmap` go through the PyTorch expression of the
+    same function: K rows of a tiny network, outside any hot path.
+    """
+
+    @staticmethod
+    def forward(
+        activation: str,
+        constant: bool,
+        backend: str,
+        layers: int,
+        coordinates: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
+        weights, biases = parameters[:layers], parameters[layers:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(coordinates, weights, biases, activation, constant, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.activation, ctx.constant, ctx.backend, ctx.layers, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        coordinates, *parameters = ctx.saved_tensors
+        weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
+        operands = (grads[0], coordinates, weights, biases, ctx.activation, ctx.backend)
+        return None, None, None, None, None, *backward(*operands)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        pairs = zip(ctx.saved_tensors, tangents[4:], strict=True)
+        directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
+
+        def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
+            basis = _function(coordinates, ctx.activation, ctx.constant, ctx.layers)
+            return basis(*parameters)
+
+        # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
+        output, pullback, *_ = torch.func.vjp(function, *ctx.saved_tensors)
+        _, double, *_ = torch.func.vjp(pullback, torch.zeros_like(output))
+        return double(directions)[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return one_by_one(CoordinateMLPFunction, info, in_dims, args)
+
+
+def _function(
+    coordinates: Tensor, activation: str, constant: bool, layers: int
+) -> Callable[..., Tensor]:
+    """The PyTorch expression of phi as a function of (weights..., biases...)."""
+
+    def function(*parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:layers], parameters[layers:]
+        with without_autocast(coordinates.device):
+            return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+
+    return function
+
+
+def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> ModuleType | None:
+    """The backend that evaluates the MLP in one kernel; None for PyTorch."""
+    if coordinates.requires_grad:  # the kernels differentiate by the parameters alone
+        return None
+    widths = (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+    return _engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
+
+
+@remembered
+def _engine(
+    widths: tuple[int, ...], dtype: torch.dtype, device: Device, backend: str
+) -> ModuleType | None:
+    name, _ = planner.mlp_backend(widths, backends.dtype_name(dtype), device, backend)
+    return backends.BACKENDS[name] if name else None
+
+
+def backward(
+    grad: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of (weights..., biases...); differentiable where someone is recording."""
+    engine = engine_of(coordinates, weights, backend)
+    if torch.is_grad_enabled() or engine is None:
+        constant = grad.shape[0] > weights[-1].shape[0]
+        function = _function(coordinates, activation, constant, len(weights))
+        return list(torch.func.vjp(function, *weights, *biases)[1](grad))
+    operands = (grad, coordinates, weights, biases, activation)
+    if unwatched((grad, coordinates, *weights, *biases)):
+        return engine.coordinate_mlp_bwd(*operands)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.hyperconv_ext.coordinate_mlp_bwd(*operands, backend)
+
+
+def coordinate_mlp(
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    constant: bool,
+    backend: str,
+) -> Tensor:
+    """phi `[R, K]` of the coordinate MLP; see `backends.reference.coordinate_mlp`.
+
+    Evaluated by the fused kernel where `planner.mlp_backend` says so and nobody asks for the gradient of
+    the coordinates, else by PyTorch.
+    """
+    backend = planner.requested(backend)
+    if torch.compiler.is_compiling():
+        operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
+        return operator(coordinates, list(weights), list(biases), activation, constant, backend)
+    return _forward(coordinates, weights, biases, activation, constant, backend)
+
+
+def _forward(
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    constant: bool,
+    backend: str,
+) -> Tensor:
+    layers = len(weights)
+    if engine_of(coordinates, weights, backend) is None:
+        function = _function(coordinates, activation, constant, layers)
+        return function(*weights, *biases)
+    return CoordinateMLPFunction.apply(
+        activation, constant, backend, layers, coordinates, *weights, *biases
+    )
+
+
+def _register() -> None:
+    def forward_kernel(*args: Any) -> Tensor:
+        *operands, backend = args
+        engine = engine_of(operands[0], operands[1], backend)
+        evaluate = reference.coordinate_mlp if engine is None else engine.coordinate_mlp_fwd
+        return evaluate(*operands)
+
+    def backward_kernel(*args: Any) -> list[Tensor]:
+        grad, *operands, backend = args
+        engine = engine_of(operands[0], operands[1], backend)
+        if engine is None:
+            raise planner.PlanError(
+                f"coordinate_mlp_bwd: expected an MLP that a kernel of backend={backend!r} evaluates; "
+                f"differentiate coordinate_mlp_fwd instead"
+            )
+        return engine.coordinate_mlp_bwd(grad, *operands)
+
+    def forward_fake(*args: Any) -> Tensor:
+        coordinates, weights, _, _, constant, _ = args
+        shape = (weights[-1].shape[0] + constant, coordinates.shape[0])
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        return coordinates.new_empty(shape, dtype=dtype)
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        _, _, weights, biases, _, _ = args
+        return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
+
+    register(_SCHEMAS[0], forward_kernel, forward_fake, _forward)
+    register(_SCHEMAS[1], backward_kernel, backward_fake, backward)
+
+
+_register()
