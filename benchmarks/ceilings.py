@@ -72,8 +72,8 @@ class Ceilings:
         return self._rates[dtype]
 
     def to_json(self) -> dict[str, object]:
-        """What has been measured; the bandwidth in any case."""
-        return {"bytes_per_second": self.bandwidth, "flops_per_second": dict(self._rates)}
+        """What has been measured so far; the bandwidth is None before."""
+        return {"bytes_per_second": vars(self).get("bandwidth"), "flops_per_second": dict(self._rates)}
 
 
 def _fastest(target: Callable[[], object]) -> float:

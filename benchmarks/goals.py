@@ -80,12 +80,13 @@ class Verdict:
         return ": ".join(parts[:2]) + "".join(f" ({part})" for part in parts[2:])
 
     def misses(self) -> list[str]:
-        """A line for each row that missed the target, the worst first."""
-        return [
-            f"{self.name}: {row.name}: "
-            + (f"{ratio:.2f}x, {self.target - ratio:.2f} short" if ratio else "failed")
-            for row, ratio in sorted(self.missed.items(), key=lambda item: item[1])
-        ]
+        """Markdown: the goal if it was missed, and under it each row that did, the worst first."""
+        rows = sorted(self.missed.items(), key=lambda item: item[1])
+        lines = [f"- {self.name}, >= {self.target}"] if rows else []
+        for row, ratio in rows:
+            by_how_much = f"{ratio:.2f}x, {self.target - ratio:.2f} short" if ratio else "failed"
+            lines.append(f"  - {row.name}: {by_how_much}")
+        return lines
 
 
 def _verdict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,14 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def why_no_compiler(device: torch.device) -> str:
+    """Why `torch.compile` cannot work for `device`, or ''."""
+    name = os.environ.get("CXX", "g++")
+    if device.type != "cpu" or shutil.which(name):
+        return ""
+    return f"torch.compile needs a C++ compiler, and there is no {name}; install one or set CXX"
 
 
 def synchronize(device: torch.device) -> None:

@@ -126,8 +126,8 @@ def machine_facts(machine_info: Mapping[str, Any], facts: Mapping[str, str]) -> 
 def clean(document: dict[str, Any], failures: Iterable[Record], ceilings: Mapping[str, Any]) -> None:
     """Turn what pytest-benchmark is about to write into what `load` reads, in place.
 
-    Each round's time goes, and what is constant or in `extra_info`; and a benchmark that was timed but cut
-    before its record was complete.
+    Each round's time goes, and what is constant or in `extra_info`; and a benchmark that was timed but
+    cut before its record was complete.
     """
     complete = (entry for entry in document["benchmarks"] if "shape" in entry["extra_info"])
     document["benchmarks"] = list(complete)

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def slug(document: Mapping[str, Any]) -> str:
 
 
 def plot_names(document: Mapping[str, Any]) -> list[str]:
-    """The roofline is drawn in TFLOP/s, which a CPU's report does not show."""
-    return [name for name in PLOTS if on_gpu(document) or name != "roofline"]
+    """Those that have something to show. The roofline is in TFLOP/s, which is not for a CPU's report."""
+    drawn = PLOTS if document["benchmarks"] else ()
+    return [name for name in drawn if on_gpu(document) or name != "roofline"]
 
 
 def _head(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
@@ -91,7 +93,7 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         for backend in goals.BACKENDS:
             verdicts = goals.by_class(counted, backend, phase)
             table.append([backend, *(verdict.text for verdict in verdicts)])
-            misses += [line for verdict in verdicts for line in verdict.misses()]
+            misses += chain.from_iterable(verdict.misses() for verdict in verdicts)
         lines += ["", *tables.markdown(table, labels=1)]
     table = [["everywhere", "ratio (>= 1)"]]
     for backend in goals.BACKENDS:
@@ -100,7 +102,7 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
             misses += verdict.misses()
     lines += ["", *tables.markdown(table, labels=1)]
     if misses:
-        lines += ["", "Missed:", "", *(f"- {line}" for line in misses)]
+        lines += ["", "Missed:", "", *misses]
     return lines
 
 
@@ -123,13 +125,14 @@ def report(document: Mapping[str, Any]) -> str:
     """The whole report, Markdown, a function of the JSON alone."""
     records = load(document)
     sections = [_head(document, records), _goals(document, records)]
-    sections.append(["## Summary", "", *(f"- {line}" for line in tables.summary(records))])
+    if summary := [f"- {line}" for line in tables.summary(records)]:
+        sections.append(["## Summary", "", *summary])
     failures = [f"- {r.row.name}, {r.column}/{r.layout}: {r.failure}" for r in records if r.failure]
     if failures:
         sections.append(["## Failures", "", *failures])
-    sections.append(["## Plots"])
-    for name in plot_names(document):
-        sections[-1] += ["", PLOTS[name], "", f"![{PLOTS[name]}]({name}.svg)"]
+    plots = [["", PLOTS[name], "", f"![{PLOTS[name]}]({name}.svg)"] for name in plot_names(document)]
+    if plots:
+        sections.append(["## Plots", *chain.from_iterable(plots)])
     for tier in dict.fromkeys(record.row.tier for record in records):
         sections.append(_tier(document, [r for r in records if r.row.tier == tier], tier))
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
@@ -145,9 +148,12 @@ def write(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "report.md").write_text(report(document))
+    drawn = plot_names(document)
+    if not drawn:
+        return
     from benchmarks import plots
 
-    for name in plot_names(document):
+    for name in drawn:
         plots.draw(name, load(document), document["ceilings"], folder / f"{name}.svg")
 
 

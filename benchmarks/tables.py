@@ -19,8 +19,10 @@ from .records import (
 
 Table = list[list[str]]
 _LABELS = ("shape", "dtype", "pass")
-SPEED = "Time in us ± its interquartile range, and how many times faster than nn.Conv."
-SPEED_RATIOS = "How many times faster than nn.Conv."
+SPEED_RATIOS = (
+    "How many times faster than nn.Conv; ± the interquartile range of the time in percent of it."
+)
+SPEED = f"Time in us. {SPEED_RATIOS}"
 MEMORY = "Peak memory above inputs and parameters in MiB, and how many times less than nn.Conv."
 MEMORY_RATIOS = "How many times less peak memory above inputs and parameters than nn.Conv."
 LAUNCHES = (
@@ -66,9 +68,10 @@ def speed(records: Sequence[Record], absolute: bool) -> Table:
     """`SPEED` or `SPEED_RATIOS`; of baselines also the faster layout."""
 
     def text(cells: Cells, record: Record) -> str:
-        parts = [_times(speedup(cells, record.column, CONV))]
-        if absolute and record.seconds and record.spread is not None:
-            parts.insert(0, f"{_microseconds(record.seconds)} ±{record.spread / record.seconds:.0%}")
+        parts = [_microseconds(record.seconds)] if absolute else []
+        parts.append(_times(speedup(cells, record.column, CONV)))
+        if record.seconds and record.spread is not None:
+            parts.append(f"±{record.spread / record.seconds:.0%}")
         if record.baseline:
             parts.append(record.layout)
         return " ".join(parts)

@@ -62,6 +62,8 @@ def _measured(
         Failed: the gate found a wrong result.
         Skipped: the backend cannot compute this, or not worth timing.
     """
+    if entry.compiled and (reason := machine.why_no_compiler(case.device)):
+        pytest.skip(reason)
     phase = labels.phase
     layer = case.layer(entry)
     input = arrange(case.input, entry.layout).clone()
@@ -114,13 +116,12 @@ def test_conv(
         record = _measured(benchmark, subject(shape, dtype), labels, entry, run.ceilings)
     except (Exception, pytest.fail.Exception) as error:
         if benchmark.enabled:
-            message = str(error).splitlines() or [type(error).__name__]
+            message = str(error).strip().splitlines() or [type(error).__name__]
             run.records.append(replace(labels, failure=message[0]))
         try:
             machine.synchronize(machine.device())
-        except (
-            RuntimeError
-        ) as lost:  # every later benchmark would fail too, and none of them be at fault
+        except RuntimeError as lost:
+            # Every later benchmark would fail as well, through no fault of its own.
             pytest.exit(f"the device no longer answers after {benchmark.group}, {entry.name}: {lost}")
         raise
     if record is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +118,111 @@ def test_a_graph_that_cannot_be_captured_says_why() -> None:
     assert facts == {"graph_error": "operation not permitted when stream is capturing"}
 
 
+class FakeCuda:
+    """The parts of `torch.cuda` that a capture uses, which write down what happens on which stream."""
+
+    class Stream:
+        name = "side"
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.here: Any = self.Stream()
+        self.here.name = "main"
+        for name in ("Stream", "stream", "graph", "CUDAGraph", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def current_stream(self) -> Any:
+        return self.here
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.here = self.here, stream
+        try:
+            yield
+        finally:
+            self.here = before
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.here = stream  # as PyTorch leaves it if the capture fails
+        self.log.append("capture")
+        yield
+        self.log.append("end")
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.log.append(f"replay on {self.here.name}"))
+
+    def target(self) -> None:
+        self.log.append(f"work on {self.here.name}")
+
+
+def test_capture_warms_its_stream_up_and_replays_on_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    timing.capture(cuda.target)()
+    assert cuda.log == ["work on side", "capture", "work on side", "end", "replay on main"]
+
+
+def test_a_failed_capture_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def target() -> None:
+        cuda.target()
+        if "capture" in cuda.log:
+            raise RuntimeError("not permitted")
+
+    assert timing.graph_facts(target, timing.capture, lambda: None, 3) == {
+        "graph_error": "not permitted"
+    }
+    assert cuda.here.name == "main"
+
+
+def test_flush_outlasts_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = iter((0.0, 3e-6))
+    monkeypatch.setattr(timing, "device_clock", lambda: next(stamps))
+    properties = SimpleNamespace(L2_cache_size=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    flush = timing.Flush(torch.device("cpu"))
+    for host, repeats in ((0.0, 1), (1e-6, 1), (10e-6, 7)):
+        flush.outlast(host)
+        assert flush.repeats == repeats
+        flush()
+
+
+class FakeBenchmark:
+    """pytest-benchmark's fixture as far as `measure` uses it."""
+
+    enabled = True
+
+    def pedantic(self, target: Any, setup: Any, rounds: int, warmup_rounds: int) -> None:
+        for _ in range(rounds + warmup_rounds):
+            if setup is not None:
+                setup()
+            target()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_launches_are_measured_apart_on_a_gpu_only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    flush = timing.Flush.__new__(timing.Flush)
+    flush._seconds, flush._buffer, flush.repeats = 1.0, torch.empty(1), 1
+    monkeypatch.setattr(timing, "_flush", lambda _: flush)
+    monkeypatch.setattr(timing.machine, "synchronize", lambda _: device.synchronize())
+    monkeypatch.setattr(timing, "capture", lambda target: device.work(*[0.5] * 99))
+    benchmark: Any = FakeBenchmark()
+    place: Any = SimpleNamespace(type=kind)
+    launches = timing.measure(benchmark, device.enqueue, place)
+    assert launches == ({"eager_seconds": 3.0, "graph_seconds": 0.5} if kind == "cuda" else {})
+    if kind == "cuda":
+        assert flush.repeats == 2  # the host takes 1 s to enqueue
+        benchmark.enabled = False
+        assert timing.measure(benchmark, device.enqueue, place) == {}
+
+
 def test_shape_names_are_unique() -> None:
     for rows in (shapes.GPU, shapes.CPU):
         assert max(Counter((shape.name, dtype) for shape, dtype in rows).values()) == 1
@@ -216,10 +323,11 @@ def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ceilings, "_fastest", fastest)
     found = ceilings.Ceilings(torch.device("cpu"))
+    assert found.to_json() == {"bytes_per_second": None, "flops_per_second": {}}
     for _ in range(2):
         assert found.bandwidth == 4 * 2**27
         assert found.rate("bf16") == 4 * 1024**3
-    assert len(calls) == 3
+    assert len(calls) == 2
     expected = {"bytes_per_second": 4 * 2**27, "flops_per_second": {"bf16": 4 * 1024**3}}
     assert found.to_json() == expected
 

@@ -163,12 +163,12 @@ def capture(target: Callable[[], object]) -> Callable[[], object]:
     """What replays the work of `target` as a CUDA graph, in memory of its own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate a workspace per stream on first use
-        target()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        target()
+    with torch.cuda.stream(side):  # also leaves `side` where a capture that fails does not
+        target()  # libraries allocate a workspace per stream on first use
+        with torch.cuda.graph(graph, stream=side):
+            target()
+    torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 
 
