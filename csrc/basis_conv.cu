@@ -250,7 +250,7 @@ cudaError_t run(const Lattice& map, const Choice& choice, const ConvArguments& a
   p.slice = choice.slice;
   p.halo_stages = choice.halo_stages;
   p.y_pairs = a.aligned;
-  const ConvShared<N, kOutTiles, kRanks> shared(Arena(nullptr), p);
+  const ConvShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
   if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
   const int64_t blocks = static_cast<int64_t>(a.groups) * map.phases() * map.blocks() *
                          ceil_div(a.y_channels, 16 * kOutTiles);

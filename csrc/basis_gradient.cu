@@ -267,7 +267,7 @@ cudaError_t run(const Lattice& map, const Choice& choice, const BasisArguments& 
   p.rank = a.rank;
   p.splits = a.splits;
   p.halo_stages = choice.halo_stages;
-  const BasisShared<N, kOutTiles, kRanks> shared(Arena(nullptr), p);
+  const BasisShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
   if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
   const int64_t blocks = static_cast<int64_t>(a.splits) * ceil_div(a.rank, kRanks) *
                          basis_gradient_pieces(map);

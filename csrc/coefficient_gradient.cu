@@ -244,7 +244,7 @@ cudaError_t run(const Lattice& map, const Choice& choice, const CoefficientArgum
   p.slice = choice.slice;
   p.halo_stages = choice.halo_stages;
   p.atomic = a.atomic;
-  const CoefficientShared<N, kOutTiles, kRanks> shared(Arena(nullptr), p);
+  const CoefficientShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
   if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
   const int64_t blocks = static_cast<int64_t>(a.groups) * a.splits * ceil_div(a.rank, kRanks) *
                          ceil_div(a.x.channels, kChannels) * ceil_div(a.g.channels, 16 * kOutTiles);

@@ -21,20 +21,26 @@ struct Source {
   bool aligned;  // neighbouring channels are neighbours, and 16 bytes of them start at 16 bytes
 };
 
-// Hands out the block's shared memory piece by piece; without a base it only measures.
+// Hands out the block's shared memory piece by piece.
 class Arena {
  public:
   __host__ __device__ __forceinline__ explicit Arena(unsigned char* base) : base_(base) {}
 
+  // Only measures. (A test for a null pointer in `take` would cost the compiler the knowledge that the
+  // pieces are in shared memory.)
+  static __host__ Arena measuring() { return Arena(reinterpret_cast<unsigned char*>(kAlignment)); }
+
   template <typename T>
   __host__ __device__ __forceinline__ T* take(int count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
     return piece;
   }
   __host__ __device__ int used() const { return used_; }
 
  private:
+  static constexpr int kAlignment = 128;
+
   unsigned char* base_;
   int used_ = 0;
 };
