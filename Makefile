@@ -28,7 +28,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # The tables of every Triton configuration and every instantiation of csrc/ (needs nvcc), compiled for
-# sm_80, sm_90 and sm_100.
+# sm_80, sm_90 and sm_100, with the bounds of their hot loops.
 aot: $(READY)
 	$(BIN)/python -m tests.aot
 	$(BIN)/python -m tests.cubin
@@ -41,7 +41,7 @@ COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 GPU_WORKERS ?= 8
 ARCHITECTURE = $(shell $(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
 SANITIZED := tests/test_operators.py -k "(triton or cuda) and (3x3 or aligned) and geometries" -p no:cacheprovider
-SANITIZER := timeout -s INT 40 compute-sanitizer --error-exitcode 1
+SANITIZER := timeout -s INT 35 compute-sanitizer --error-exitcode 1
 gpu:
 	mkdir -p $(OUT)
 	@set -o pipefail; status=0; \
@@ -50,6 +50,7 @@ gpu:
 	part extension env HYPERCONV_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$(ARCHITECTURE) timeout -s INT 80 $(PYTHON) setup.py build_ext --inplace; \
 	part tests timeout -s INT 150 $(PYTHON) -m pytest tests -q -n $(GPU_WORKERS) $(addprefix --ignore=tests/test_,triton_aot.py cuda_aot.py build.py host_runtime.py examples.py) --durations=10; \
 	part benchmarks timeout -s INT 180 $(PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q --benchmark-json=$(OUT)/benchmarks.json; \
+	part report timeout 15 $(PYTHON) -m benchmarks.report $(OUT)/benchmarks.json --output $(OUT)/report; \
 	for tool in memcheck racecheck initcheck; do part $$tool $(SANITIZER) --tool $$tool $(PYTHON) -m pytest $(SANITIZED) -q -x; done; \
 	exit $$status
 

@@ -64,9 +64,8 @@ class Problem:
         )
 
 
-@dataclass(
-    frozen=True, eq=False
-)  # the planner makes one of each: what hangs on a plan is found by identity
+# The planner makes one of each, so what hangs on a plan is found by its identity.
+@dataclass(frozen=True, eq=False)
 class Plan:
     """How a problem will be computed.
 

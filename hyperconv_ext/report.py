@@ -56,7 +56,11 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     device = backends.describe(conv.taps.device)
     dtype = backends.dtype_name(conv.coefficients.dtype)
     engine, reason = planner.mlp_backend(conv.hypernet.widths, dtype, device, backend)
-    return f"one fused kernel of {engine}" if engine else f"PyTorch ({reason})"
+    if not engine:
+        return f"PyTorch ({reason})"
+    if conv.weight_norm is not None:  # needs phi before the convolution
+        return f"one fused kernel of {engine}"
+    return f"fused into the first of the forward operator's two launches by {engine}"
 
 
 def _operator_lines(problem: Problem, backend: str) -> list[str]:

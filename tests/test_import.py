@@ -127,7 +127,10 @@ def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
     text = _explain(backend, device)
     assert text.count(f"{backend}/basis, tile {basis}-") == 2  # forward and input gradient
     assert f"tile {coefficients}-" in text and "tile basis_gradient-" in text
-    assert f"hyper-network: one fused kernel of {backend}" in text
+    assert (
+        f"hyper-network: fused into the first of the forward operator's two launches by {backend}"
+        in text
+    )
     assert ("not triton/direct" in text) == (backend == "triton")
     assert "basis_conv_fwd: composite/composite" in _explain("composite", device)
 
