@@ -99,7 +99,7 @@ class CoordinateMLP(nn.Module):
 
     def operator(self, coordinates: Tensor) -> ops.Mlp:
         """The network at `coordinates` `[K, D]`, as the operators take it."""
-        layers = self._linear()
+        layers = self.layers._modules.values()
         weights = [_parameter(layer, "weight") for layer in layers]
         biases = [_parameter(layer, "bias") for layer in layers]
         return ops.Mlp(coordinates, weights, biases, self.activation)

@@ -25,6 +25,8 @@ from . import triton as triton_backend
 # is no backend of planned operators: it is plain PyTorch, differentiated by autograd itself.
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton_backend, "composite": composite}
 
+_CONVOLUTIONS = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+
 
 def tf32_allowed() -> bool:
     """Whether the framework lets float32 convolutions use TF32.
@@ -32,7 +34,7 @@ def tf32_allowed() -> bool:
     `cudnn.conv.fp32_precision` follows the older switch `cudnn.allow_tf32` too, which itself cannot be
     read where convolutions and RNNs differ.
     """
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return _CONVOLUTIONS.fp32_precision == "tf32"
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,16 +79,9 @@ def new_output(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Tens
     return first.new_empty((rank, *geometry.kernel_size), dtype=dtype)
 
 
-class _Activation(NamedTuple):
-    """What planning needs to know of an activation `[B, C, *S]`."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    at_16_bytes: bool
-
-
+# What planning needs to know of an activation: shape, strides, dtype, device, whether it begins at a
+# multiple of 16 bytes.
+_Activation = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
 # Activations, shape of A (or, last, of phi), whether TF32, whether deterministic.
 _Described = tuple[tuple[_Activation, ...], torch.Size, bool, bool]
 
@@ -97,10 +90,7 @@ def _described(slot: int, tensors: Sequence[Tensor]) -> _Described:
     """All that the plan of operator `OPS[slot]` on `tensors` depends on, beside the geometry."""
     split = 1 if slot in _BIASED else 2
     activations = tuple(
-        [
-            _Activation(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
-            for t in tensors[:split]
-        ]
+        [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors[:split]]
     )
     tf32 = tensors[0].dtype == torch.float32 and backends.tf32_allowed()
     return activations, tensors[split].shape, tf32, torch.are_deterministic_algorithms_enabled()
@@ -108,24 +98,23 @@ def _described(slot: int, tensors: Sequence[Tensor]) -> _Described:
 
 def _problem(slot: int, described: _Described, geometry: Geometry) -> Problem:
     activations, weights, tf32, deterministic = described
-    groups, first = geometry.groups, activations[0]
+    shape, _, dtype, device, _ = activations[0]
     if slot == COEFFICIENTS:
-        channels = activations[1].shape[1], first.shape[1]
-        rank = weights[0]
+        channels, rank = (activations[1][0][1], shape[1]), weights[0]
     else:
-        channels = weights[1] * groups, weights[0]
-        rank = weights[2]
-    aligned = all(count // groups % layout.GRANULE == 0 for count in channels) and all(
-        a.at_16_bytes and layout.aligned(a.shape, a.strides) for a in activations
+        channels, rank = (weights[1] * geometry.groups, weights[0]), weights[2]
+    aligned = all(count // geometry.groups % layout.GRANULE == 0 for count in channels) and all(
+        at_16_bytes and layout.aligned(shape, strides)
+        for shape, strides, _, _, at_16_bytes in activations
     )
     return Problem(
         OPS[slot],
         geometry,
-        first.shape[0],
+        shape[0],
         *channels,
         rank,
-        backends.dtype_name(first.dtype),
-        backends.describe(first.device),
+        backends.dtype_name(dtype),
+        backends.describe(device),
         aligned,
         tf32,
         deterministic,

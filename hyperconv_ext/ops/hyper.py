@@ -7,7 +7,7 @@ derivative of y by phi, and then that of phi by the MLP's parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends, planner
 from ..geometry import Geometry
+from ..problem import Plan
 from . import mlp as mlp_operators
 from .convolution import (
     BASIS,
@@ -175,7 +176,15 @@ def _computation(
     plan = plan_of(_slot(transposed), tensors, geometry, backend, algorithm)
     if plan is None:
         return None
-    engine = mlp_operators.engine_of(mlp.coordinates, mlp.weights, plan.backend)
+    shapes = tuple([weight.shape for weight in mlp.weights])
+    return _fused(plan, shapes, mlp.weights[0].dtype)
+
+
+@lru_cache(maxsize=4096)
+def _fused(plan: Plan, shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _Compute | None:
+    """The planned backend's function, if it evaluates an MLP whose weights have these shapes."""
+    widths = (shapes[0][1], *(shape[0] for shape in shapes))
+    engine = mlp_operators.engine(widths, dtype, plan.problem.device, plan.backend)
     return None if engine is None else partial(engine.hyper_conv_fwd, plan)
 
 

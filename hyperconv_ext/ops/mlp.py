@@ -94,13 +94,14 @@ def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> M
     if coordinates.requires_grad:  # the kernels differentiate by the parameters alone
         return None
     widths = (coordinates.shape[1], *[weight.shape[0] for weight in weights])
-    return _engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
+    return engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
 
 
 @remembered
-def _engine(
+def engine(
     widths: tuple[int, ...], dtype: torch.dtype, device: Device, backend: str
 ) -> ModuleType | None:
+    """The backend that evaluates an MLP of these layer widths in one kernel; None for PyTorch."""
     name, _ = planner.mlp_backend(widths, backends.dtype_name(dtype), device, backend)
     return backends.BACKENDS[name] if name else None
 
@@ -114,14 +115,14 @@ def backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...); differentiable where someone is recording."""
-    engine = engine_of(coordinates, weights, backend)
-    if torch.is_grad_enabled() or engine is None:
+    found = engine_of(coordinates, weights, backend)
+    if torch.is_grad_enabled() or found is None:
         constant = grad.shape[0] > weights[-1].shape[0]
         function = _function(coordinates, activation, constant, len(weights))
         return list(torch.func.vjp(function, *weights, *biases)[1](grad))
     operands = (grad, coordinates, weights, biases, activation)
     if unwatched((grad, coordinates, *weights, *biases)):
-        return engine.coordinate_mlp_bwd(*operands)
+        return found.coordinate_mlp_bwd(*operands)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.hyperconv_ext.coordinate_mlp_bwd(*operands, backend)
 
