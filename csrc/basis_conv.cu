@@ -109,11 +109,10 @@ class BasisConv {
       const int64_t tile =
           (static_cast<int64_t>(group_ * channel_blocks + s.item) * p_.rank + first(s)) * out_tiles_ +
           out_;
-      for (int j = 0; j < ranks(s); ++j) {
-        copy_tiles<N>(coefficients_of(s) + j * kOutTiles * kTileElements,
-                      p_.packed + (tile + static_cast<int64_t>(j) * out_tiles_) * kTileElements,
-                      kOutTiles);
-      }
+      const Element* packed = p_.packed + tile * kTileElements;
+      copy_tiles<N>(coefficients_of(s), ranks(s) * kOutTiles, [&](unsigned n) {
+        return packed + (n / kOutTiles * out_tiles_ + n % kOutTiles) * kTileElements;
+      });
     }
     if (!resident()) copy_bands(bands_of(s), first(s), ranks(s), s.slice);
   }
@@ -130,8 +129,9 @@ class BasisConv {
     const int tiles = slices_.tiles(slice, chunks_);
     for (int j = 0; j < ranks; ++j) {
       const int64_t row = static_cast<int64_t>(block_.band) * p_.rank + first + j;
-      copy_tiles<N>(shared + j * band_stride() * kTileElements,
-                    p_.bands + (row * chunks_ + slice * p_.slice) * kTileElements, tiles);
+      const Element* first_tile = p_.bands + (row * chunks_ + slice * p_.slice) * kTileElements;
+      copy_tiles<N>(shared + j * band_stride() * kTileElements, tiles,
+                    [&](unsigned n) { return first_tile + n * kTileElements; });
     }
   }
 
@@ -177,9 +177,10 @@ class BasisConv {
       const int unit = unit_of_warp(m);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int64_t element;
         const Offset at = output_offset(p_.map, unit * kUnit + product_row(2 * half));
-        if (!output_element(p_.map, block_, p_.y_strides, at, &element)) continue;
+        if (!is_output(p_.map, block_, at)) continue;
+        const int64_t element = first_output(p_.map, block_, p_.y_strides) +
+                                output_distance(p_.map, p_.y_strides, at);
 #pragma unroll
         for (int o = 0; o < kOutTiles; ++o) {
 #pragma unroll

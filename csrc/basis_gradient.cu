@@ -14,7 +14,8 @@
 namespace hyperconv {
 namespace {
 
-constexpr int kPiece = 8;  // 16-row tiles of the patch whose gradients a block holds
+// 16-row tiles of the patch whose gradients a block holds: the whole patch of 4x4 outputs at k = 7.
+constexpr int kPiece = 7;
 
 template <class N>
 struct BasisParameters {
@@ -31,7 +32,7 @@ struct BasisShared {
   using Element = typename N::Element;
   int halo_elements, grad_elements;
   Element *halo, *grad, *coefficients;
-  Offset *halo_table, *output_table;
+  Position *halo_table, *output_table;
   int* patch_table;
   Item* items;
   float* total;  // [kRanks, 16 outputs, piece], at the end, over the rest
@@ -45,8 +46,8 @@ struct BasisShared {
     grad_elements = p.map.units() * kUnit * 16 * kOutTiles;
     grad = arena.take<Element>(2 * grad_elements);
     coefficients = arena.take<Element>(2 * kRanks * kOutTiles * kTileElements);
-    halo_table = arena.take<Offset>(p.map.halo());
-    output_table = arena.take<Offset>(p.map.units() * kUnit);
+    halo_table = arena.take<Position>(p.map.halo());
+    output_table = arena.take<Position>(p.map.units() * kUnit);
     patch_table = arena.take<int>(p.map.chunks() * 16);
     items = arena.take<Item>(ItemTable::kItems);
     bytes = max(arena.used(), end.used());
@@ -81,8 +82,8 @@ class BasisGradient {
   }
 
   __device__ __forceinline__ void run() {
-    fill_halo_table(shared_.halo_table, p_.map);
-    fill_output_table(shared_.output_table, p_.map);
+    fill_halo_table(shared_.halo_table, p_.map, p_.x.strides);
+    fill_output_table(shared_.output_table, p_.map, p_.g.strides);
     fill_patch_table(shared_.patch_table, p_.map);
     items().locate(begin_, where());
     __syncthreads();  // the tables
@@ -131,24 +132,29 @@ class BasisGradient {
 
   __device__ __forceinline__ void copy(int item, int out, int number) {
     const Item& at = items()[item];
-    const auto output = [&](int position, int64_t* element) {
-      return output_element(p_.map, at.block, p_.g.strides, shared_.output_table[position], element);
+    const int64_t output_base = first_output(p_.map, at.block, p_.g.strides);
+    const auto output = [&](int i, int64_t* element) {
+      const Position position = shared_.output_table[i];
+      *element = output_base + position.element;
+      return is_output(p_.map, at.block, position.at);
     };
     copy_rows<N>(grad_of(number), p_.map.units() * kUnit, output, p_.g, at.group, out * kOut);
-    for (int o = 0; o < step_tiles(out); ++o) {
-      const int64_t row = static_cast<int64_t>(at.group) * out_tiles_ + out * kOutTiles + o;
-      for (int j = 0; j < ranks_; ++j) {
-        const int64_t tile = (row * p_.rank + first_ + j) * in_blocks_ + at.in_block;
-        copy_tiles<N>(coefficients_of(number) + (o * kRanks + j) * kTileElements,
-                      p_.packed + tile * kTileElements, 1);
-      }
-    }
+    // In shared memory [o, kRanks]; for functions beyond the last, the last again.
+    const int64_t row = static_cast<int64_t>(at.group) * out_tiles_ + out * kOutTiles;
+    copy_tiles<N>(coefficients_of(number), step_tiles(out) * kRanks, [&](unsigned n) {
+      const int64_t rank = min(first_ + static_cast<int>(n % kRanks), p_.rank - 1);
+      const int64_t tile = ((row + n / kRanks) * p_.rank + rank) * in_blocks_ + at.in_block;
+      return p_.packed + tile * kTileElements;
+    });
   }
 
   __device__ __forceinline__ void copy_inputs(int item) {
     const Item& at = items()[item];
-    const auto input = [&](int position, int64_t* element) {
-      return input_element(p_.map, at.block, p_.x.strides, shared_.halo_table[position], element);
+    const int64_t input_base = first_input(at.block, p_.x.strides);
+    const auto input = [&](int i, int64_t* element) {
+      const Position position = shared_.halo_table[i];
+      *element = input_base + position.element;
+      return is_input(p_.map, at.block, position.at);
     };
     copy_rows<N>(halo_of(stage(item)), p_.map.halo(), input, p_.x, at.group,
                  at.in_block * kChannels);

@@ -30,7 +30,7 @@ struct CoefficientShared {
   using Element = typename N::Element;
   int halo_elements, grad_elements;
   Element *halo, *grad, *bands;
-  Offset *halo_table, *output_table;
+  Position *halo_table, *output_table;
   int* patch_table;
   Item* items;
   float* total;  // [kRanks, 16 channels, out], at the end, over the rest
@@ -46,8 +46,8 @@ struct CoefficientShared {
     grad_elements = p.map.units() * kUnit * 16 * kOutTiles;
     grad = arena.take<Element>(p.halo_stages * grad_elements);
     bands = arena.take<Element>(copies * kRanks * p.slice * kTileElements);
-    halo_table = arena.take<Offset>(p.map.halo());
-    output_table = arena.take<Offset>(p.map.units() * kUnit);
+    halo_table = arena.take<Position>(p.map.halo());
+    output_table = arena.take<Position>(p.map.units() * kUnit);
     patch_table = arena.take<int>(p.map.chunks() * 16);
     items = arena.take<Item>(ItemTable::kItems);
     bytes = max(arena.used(), end.used());
@@ -86,8 +86,8 @@ class CoefficientGradient {
   }
 
   __device__ __forceinline__ void run() {
-    fill_halo_table(shared_.halo_table, p_.map);
-    fill_output_table(shared_.output_table, p_.map);
+    fill_halo_table(shared_.halo_table, p_.map, p_.x.strides);
+    fill_output_table(shared_.output_table, p_.map, p_.g.strides);
     fill_patch_table(shared_.patch_table, p_.map);
     if (resident()) copy_bands(0, 0);
     items().locate(begin_, where());
@@ -132,11 +132,17 @@ class CoefficientGradient {
 
   __device__ __forceinline__ void copy_activations(int tile) {
     const Block& block = items()[tile].block;
-    const auto input = [&](int position, int64_t* element) {
-      return input_element(p_.map, block, p_.x.strides, shared_.halo_table[position], element);
+    const int64_t input_base = first_input(block, p_.x.strides);
+    const auto input = [&](int i, int64_t* element) {
+      const Position position = shared_.halo_table[i];
+      *element = input_base + position.element;
+      return is_input(p_.map, block, position.at);
     };
-    const auto output = [&](int position, int64_t* element) {
-      return output_element(p_.map, block, p_.g.strides, shared_.output_table[position], element);
+    const int64_t output_base = first_output(p_.map, block, p_.g.strides);
+    const auto output = [&](int i, int64_t* element) {
+      const Position position = shared_.output_table[i];
+      *element = output_base + position.element;
+      return is_output(p_.map, block, position.at);
     };
     copy_rows<N>(halo_of(stage(tile)), p_.map.halo(), input, p_.x, group_, in_);
     copy_rows<N>(grad_of(stage(tile)), p_.map.units() * kUnit, output, p_.g, group_, out_);
@@ -145,8 +151,9 @@ class CoefficientGradient {
   __device__ __forceinline__ void copy_bands(int slice, int number) {
     for (int j = 0; j < ranks_; ++j) {
       const int64_t tile = static_cast<int64_t>(first_ + j) * chunks_ + slice * p_.slice;
-      copy_tiles<N>(bands_of(number) + j * p_.slice * kTileElements,
-                    p_.bands + tile * kTileElements, slices_.tiles(slice, chunks_));
+      const Element* first_tile = p_.bands + tile * kTileElements;
+      copy_tiles<N>(bands_of(number) + j * p_.slice * kTileElements, slices_.tiles(slice, chunks_),
+                    [&](unsigned n) { return first_tile + n * kTileElements; });
     }
   }
 

@@ -140,31 +140,59 @@ __device__ __forceinline__ int patch_halo(const Lattice& map, int l) {
   return (depth * map.axis[1].halo + height) * map.axis[2].halo + width;
 }
 
-// Element offset of input `at` of a block, channel 0; whether it lies inside the input.
-__device__ __forceinline__ bool input_element(const Lattice& map, const Block& block,
-                                              const Strides& strides, Offset at, int64_t* element) {
-  int batch = block.batch + at.batch;
-  int depth = block.input[0] + at.depth * map.axis[0].step;
-  int height = block.input[1] + at.height * map.axis[1].step;
-  int width = block.input[2] + at.width * map.axis[2].step;
-  *element = batch * strides.batch + depth * strides.depth + height * strides.height +
-             width * strides.width;
-  return batch < map.batch && depth >= 0 && depth < map.axis[0].in_size && height >= 0 &&
-         height < map.axis[1].in_size && width >= 0 && width < map.axis[2].in_size;
+// Elements from a block's first input to that at `at`.
+__device__ __forceinline__ int64_t input_distance(const Lattice& map, const Strides& strides,
+                                                  Offset at) {
+  return at.batch * strides.batch + at.depth * map.axis[0].step * strides.depth +
+         at.height * map.axis[1].step * strides.height + at.width * map.axis[2].step * strides.width;
 }
 
-// Element offset of output `at` of a block, channel 0; whether it lies inside the output.
-__device__ __forceinline__ bool output_element(const Lattice& map, const Block& block,
-                                               const Strides& strides, Offset at,
-                                               int64_t* element) {
-  int batch = block.batch + at.batch;
-  int depth = block.phase[0] + map.axis[0].phases * (block.output[0] + at.depth);
-  int height = block.phase[1] + map.axis[1].phases * (block.output[1] + at.height);
-  int width = block.phase[2] + map.axis[2].phases * (block.output[2] + at.width);
-  *element = batch * strides.batch + depth * strides.depth + height * strides.height +
-             width * strides.width;
-  return batch < map.batch && depth < map.axis[0].out_size && height < map.axis[1].out_size &&
-         width < map.axis[2].out_size;
+// Element offset of a block's first input, channel 0; it may lie outside the input.
+__device__ __forceinline__ int64_t first_input(const Block& block, const Strides& strides) {
+  return block.batch * strides.batch + block.input[0] * strides.depth +
+         block.input[1] * strides.height + block.input[2] * strides.width;
+}
+
+// Whether input `at` of a block lies inside the input.
+__device__ __forceinline__ bool is_input(const Lattice& map, const Block& block, Offset at) {
+  const int place[3] = {at.depth, at.height, at.width};
+  bool inside = block.batch + at.batch < map.batch;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {  // unsigned: below zero is beyond the size
+    const unsigned coordinate = block.input[d] + place[d] * map.axis[d].step;
+    inside = inside && coordinate < static_cast<unsigned>(map.axis[d].in_size);
+  }
+  return inside;
+}
+
+// Elements from a block's first output to that at `at`.
+__device__ __forceinline__ int64_t output_distance(const Lattice& map, const Strides& strides,
+                                                   Offset at) {
+  return at.batch * strides.batch + at.depth * map.axis[0].phases * strides.depth +
+         at.height * map.axis[1].phases * strides.height +
+         at.width * map.axis[2].phases * strides.width;
+}
+
+// Element offset of a block's first output, channel 0.
+__device__ __forceinline__ int64_t first_output(const Lattice& map, const Block& block,
+                                                const Strides& strides) {
+  const auto coordinate = [&](int d) -> int64_t {
+    return block.phase[d] + map.axis[d].phases * block.output[d];
+  };
+  return block.batch * strides.batch + coordinate(0) * strides.depth +
+         coordinate(1) * strides.height + coordinate(2) * strides.width;
+}
+
+// Whether output `at` of a block lies inside the output.
+__device__ __forceinline__ bool is_output(const Lattice& map, const Block& block, Offset at) {
+  const int place[3] = {at.depth, at.height, at.width};
+  bool inside = block.batch + at.batch < map.batch;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    const int coordinate = block.phase[d] + map.axis[d].phases * (block.output[d] + place[d]);
+    inside = inside && coordinate < map.axis[d].out_size;
+  }
+  return inside;
 }
 
 }  // namespace hyperconv

@@ -45,65 +45,96 @@ class Arena {
   int used_ = 0;
 };
 
-// 16 bytes of channels from `channel` on (counted within the group) at `element`, or zeros.
-template <class N>
-__device__ __forceinline__ void copy_chunk(typename N::Element* shared, const Source<N>& source,
-                                           int64_t element, int64_t group, int channel,
-                                           bool inside) {
-  using Element = typename N::Element;
-  const int64_t first = element + (group * source.channels + channel) * source.strides.channel;
-  if (source.aligned) {
-    inside = inside && channel < source.channels;
-    ptx::cp_async_16(shared, source.data + (inside ? first : 0), inside);
-    return;
+// 16 bytes at a time: neighbouring threads copy the chunks of one row.
+template <class N, int kWidth, class Where>
+__device__ __forceinline__ void copy_rows_aligned(const Rows<N, kWidth>& rows, int count,
+                                                  const Where& where, const Source<N>& source,
+                                                  int64_t group, int channel) {
+  constexpr int kChunks = Rows<N, kWidth>::kChunks;
+  static_assert(32 % kChunks == 0, "a thread keeps to one chunk");
+  const int chunk = threadIdx.x % kChunks;
+  const int offset = channel + chunk * Rows<N, kWidth>::kPerChunk;
+  const typename N::Element* data = source.data + group * source.channels + offset;
+  const bool present = offset < source.channels;
+  for (int i = threadIdx.x / kChunks; i < count; i += blockDim.x / kChunks) {
+    int64_t element;
+    const bool inside = where(i, &element) && present;
+    ptx::cp_async_16(rows.chunk(i, chunk), inside ? data + element : source.data, inside);
   }
-  alignas(16) Element chunk[16 / sizeof(Element)];
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(16 / sizeof(Element)); ++i) {
-    const bool present = inside && channel + i < source.channels;
-    chunk[i] = present ? source.data[first + i * source.strides.channel] : ptx::from_float<Element>(0);
-  }
-  *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
 }
 
-// Channels channel .. channel + kWidth - 1 of `count` positions, one a row. where(i, &element) gives the
-// element of position i, and whether it lies inside the activation.
+// One element at a time, whatever the strides.
+template <class N, int kWidth, class Where>
+__device__ __forceinline__ void copy_rows_anyhow(const Rows<N, kWidth>& rows, int count,
+                                                 const Where& where, const Source<N>& source,
+                                                 int64_t group, int channel) {
+  using Element = typename N::Element;
+  constexpr int kChunks = Rows<N, kWidth>::kChunks, kPerChunk = Rows<N, kWidth>::kPerChunk;
+  for (int i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
+    const int position = i / kChunks, offset = channel + i % kChunks * kPerChunk;
+    int64_t element;
+    const bool inside = where(position, &element);
+    const int64_t first = element + (group * source.channels + offset) * source.strides.channel;
+    alignas(16) Element chunk[kPerChunk];
+#pragma unroll
+    for (int e = 0; e < kPerChunk; ++e) {
+      const bool present = inside && offset + e < source.channels;
+      chunk[e] = present ? source.data[first + e * source.strides.channel] : ptx::from_float<Element>(0);
+    }
+    *reinterpret_cast<uint4*>(rows.chunk(position, i % kChunks)) =
+        *reinterpret_cast<const uint4*>(chunk);
+  }
+}
+
+// Channels channel .. channel + kWidth - 1 (counted within the group) of `count` positions, one a row; zeros
+// outside. where(i, &element) gives the element of position i, and whether it lies inside the activation.
 template <class N, int kWidth, class Where>
 __device__ __forceinline__ void copy_rows(const Rows<N, kWidth>& rows, int count, const Where& where,
                                           const Source<N>& source, int64_t group, int channel) {
-  constexpr int kChunks = Rows<N, kWidth>::kChunks;
-  for (int i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
-    const int position = i / kChunks, chunk = i % kChunks;
-    int64_t element;
-    const bool inside = where(position, &element);
-    copy_chunk<N>(rows.chunk(position, chunk), source, element, group,
-                  channel + chunk * Rows<N, kWidth>::kPerChunk, inside);
+  if (source.aligned) {
+    copy_rows_aligned(rows, count, where, source, group, channel);
+  } else {
+    copy_rows_anyhow(rows, count, where, source, group, channel);
   }
 }
 
-// `count` packed tiles, consecutive in both memories.
-template <class N>
-__device__ __forceinline__ void copy_tiles(typename N::Element* shared,
-                                           const typename N::Element* global, int count) {
-  constexpr int kPerChunk = 16 / sizeof(typename N::Element);
-  for (int i = threadIdx.x; i < count * kTileElements / kPerChunk; i += blockDim.x) {
-    ptx::cp_async_16(shared + i * kPerChunk, global + i * kPerChunk, true);
+// `count` packed tiles, consecutive in shared memory; source(n) is the n-th in global memory.
+template <class N, class Source>
+__device__ __forceinline__ void copy_tiles(typename N::Element* shared, int count,
+                                           const Source& source) {
+  constexpr unsigned kPerChunk = 16 / sizeof(typename N::Element);
+  constexpr unsigned kChunks = kTileElements / kPerChunk;
+  for (unsigned i = threadIdx.x; i < count * kChunks; i += blockDim.x) {
+    ptx::cp_async_16(shared + i * kPerChunk, source(i / kChunks) + i % kChunks * kPerChunk, true);
   }
 }
 
-// Positions of a halo or of outputs, relative to a block that changes from step to step.
-__device__ __forceinline__ void fill_halo_table(Offset* table, const Lattice& map) {
-  for (int i = threadIdx.x; i < map.halo(); i += blockDim.x) table[i] = halo_offset(map, i);
+// A position of a halo or of the outputs, relative to a block that changes from item to item.
+struct __align__(16) Position {
+  int64_t element;
+  Offset at;
+};
+__device__ __forceinline__ void fill_halo_table(Position* table, const Lattice& map,
+                                                const Strides& strides) {
+  for (int i = threadIdx.x; i < map.halo(); i += blockDim.x) {
+    const Offset at = halo_offset(map, i);
+    table[i] = {input_distance(map, strides, at), at};
+  }
 }
-__device__ __forceinline__ void fill_output_table(Offset* table, const Lattice& map) {
-  for (int i = threadIdx.x; i < map.units() * kUnit; i += blockDim.x) table[i] = output_offset(map, i);
+__device__ __forceinline__ void fill_output_table(Position* table, const Lattice& map,
+                                                  const Strides& strides) {
+  for (int i = threadIdx.x; i < map.units() * kUnit; i += blockDim.x) {
+    const Offset at = output_offset(map, i);
+    table[i] = {output_distance(map, strides, at), at};
+  }
 }
 // The halo's positions as elements of the input, for a block that stays; -1 outside.
 __device__ __forceinline__ void fill_element_table(int64_t* table, const Lattice& map,
                                                    const Block& block, const Strides& strides) {
   for (int i = threadIdx.x; i < map.halo(); i += blockDim.x) {
-    int64_t element;
-    table[i] = input_element(map, block, strides, halo_offset(map, i), &element) ? element : -1;
+    const Offset at = halo_offset(map, i);
+    const bool inside = is_input(map, block, at);
+    table[i] = inside ? first_input(block, strides) + input_distance(map, strides, at) : -1;
   }
 }
 __device__ __forceinline__ void fill_patch_table(int* table, const Lattice& map) {

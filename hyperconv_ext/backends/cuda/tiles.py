@@ -52,7 +52,7 @@ _UNIT = 16  # outputs of a unit: the rows of a tensor-core operand
 _UNITS_PER_WARP = 2
 _CHANNELS = 16  # input channels of a step
 _TILE = 256  # elements of a 16x16 operand
-_PIECE = 8  # 16-row tiles of the patch in a piece of the basis gradient
+_PIECE = 7  # 16-row tiles of the patch in a piece of the basis gradient
 _ITEMS = 64  # of a gradient's work that are located ahead
 _WARPS = (8, 4, 2, 1)
 # 16-row tiles of the patch whose bands are loaded together where all of them do not fit.
@@ -197,13 +197,13 @@ def shared_bytes(problem: Problem, kernel: Kernel, map: Map, slice: int, stages:
     width = 2 if kernel.number == "half" else 4
     halo = _size(stages * map.halo * _CHANNELS, width)
     units = prod(map.grid)
-    tables = _size(map.halo, 8) + _size(map.chunks * 16, 4)
+    tables = _size(map.chunks * 16, 4)
     weights = _size(2 * kernel.ranks * (kernel.outputs // 16) * _TILE, width)
     resident = slice >= map.chunks
     if kernel.family == "basis_conv":
         bands = _size((problem.rank if resident else 2 * kernel.ranks) * slice * _TILE, width)
-        return halo + weights + bands + tables
-    tables += _size(units * _UNIT, 8) + _size(_ITEMS, 64)
+        return halo + weights + bands + tables + _size(map.halo, 8)
+    tables += _size(map.halo, 16) + _size(units * _UNIT, 16) + _size(_ITEMS, 64)
     grad = units * _UNIT * kernel.outputs
     if kernel.family == "coefficient_gradient":
         bands = _size((1 if resident else 2) * kernel.ranks * slice * _TILE, width)
