@@ -275,8 +275,9 @@ _HYPER = """{dims}-D hyper-convolution: `{base}` whose basis is a coordinate MLP
         kernel_size: an integer, or ({kernel}).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
-        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
-            themselves, `[K, {dims}]`, K the number of taps, the last axis of the kernel fastest.
+        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`, made anew at every call;
+            or the coordinates themselves, `[K, {dims}]`, K the number of taps, the kernel's last axis
+            fastest.
 
     All other arguments, the result and the errors are those of `{base}`.
     """

@@ -72,7 +72,8 @@ def launches(backend: str, work: Callable[[], object]) -> tuple[int, list[str]]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        return 0, [event.name for event in profile.events()]
+        on_device = torch.autograd.DeviceType.CUDA
+        return 0, [event.name for event in profile.events() if event.device_type == on_device]
     with _Library() as log:
         work()
     return _own_launches(backend, work), log.names
