@@ -23,8 +23,9 @@ struct BasisParameters {
   Lattice map;
   Source<N> g, x;
   const Element* packed;  // [groups, out / 16, R, in / 16] tiles
-  float* partial;         // [splits, pieces, R, K]
+  float* partial;         // [splits, pieces, R, K]; [R, K] if atomic
   int groups, rank, splits, halo_stages;
+  bool atomic;
 };
 
 template <class N, int kOutTiles, int kRanks>
@@ -226,7 +227,8 @@ class BasisGradient {
     });
     const Axis *d = &p_.map.axis[0], *h = &p_.map.axis[1], *w = &p_.map.axis[2];
     const int taps = d->kernel * h->kernel * w->kernel;
-    float* partial = p_.partial + static_cast<int64_t>(split_ * pieces_ + piece_) * p_.rank * taps;
+    const int64_t slice = p_.atomic ? 0 : split_ * pieces_ + piece_;
+    float* partial = p_.partial + slice * p_.rank * taps;
     for (int i = threadIdx.x; i < ranks_ * taps; i += blockDim.x) {
       const int k = i % taps, j = i / taps;
       const int k_w = k % w->kernel, k_h = k / w->kernel % h->kernel;
@@ -239,7 +241,12 @@ class BasisGradient {
         const int l = (l_d * h->patch + l_h) * w->patch + l_w - piece_ * kWidth;
         if (l >= 0 && l < kWidth) value += total[(j * kUnit + t) * kWidth + l];
       }
-      partial[static_cast<int64_t>(first_ + j) * taps + k] = value;
+      float* address = partial + static_cast<int64_t>(first_ + j) * taps + k;
+      if (p_.atomic) {
+        atomicAdd(address, value);
+      } else {
+        *address = value;
+      }
     }
   }
 
@@ -273,6 +280,7 @@ cudaError_t run(const Lattice& map, const Choice& choice, const BasisArguments& 
   p.rank = a.rank;
   p.splits = a.splits;
   p.halo_stages = choice.halo_stages;
+  p.atomic = a.atomic;
   const BasisShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
   if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
   const int64_t blocks = static_cast<int64_t>(a.splits) * ceil_div(a.rank, kRanks) *

@@ -88,9 +88,9 @@ cudaError_t coefficient_gradient(Number number, const Lattice& map, const Choice
 struct BasisArguments {
   Operand g, x;
   const void* packed;
-  float* partial;  // [splits, patch pieces, R, K]
+  float* partial;  // [splits, patch pieces, R, K]; [R, K], zeros, if `atomic`
   int groups, rank, splits;
-  bool aligned;
+  bool atomic, aligned;
 };
 // Pieces of the patch, each with a sum of its own: a block holds the gradients of one.
 int basis_gradient_pieces(const Lattice& map);

@@ -354,7 +354,7 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
 }
 
 void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial, Tensor workspace, Tensor plan, int64_t groups,
-                          int64_t splits, int64_t pieces, bool tf32, bool aligned) {
+                          int64_t splits, int64_t pieces, bool atomic, bool tf32, bool aligned) {
   const auto [map, choice] = parse_plan(plan);
   const Number number = number_of(input, tf32);
   expect_like("grad", grad, input);
@@ -368,12 +368,13 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor
   expect("coefficients", "channels in", a.x.channels, p.out_channels);
   expect("coefficients", "channels out", a.g.channels, p.in_channels);
   expect("partial", "pieces of the patch", basis_gradient_pieces(map), pieces);
-  expect_room("partial", partial, splits * pieces * p.rank * map.taps());
+  expect_room("partial", partial, (atomic ? 1 : splits * pieces) * p.rank * map.taps());
   a.packed = p.packed;
   a.partial = static_cast<float*>(partial.data_ptr());
   a.groups = static_cast<int>(groups);
   a.rank = p.rank;
   a.splits = static_cast<int>(splits);
+  a.atomic = atomic;
   a.aligned = aligned;
   const DeviceScope scope(input);
   DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");

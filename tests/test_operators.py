@@ -8,7 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from hyperconv_ext import functional, ops
+from hyperconv_ext import functional, ops, planner
+from hyperconv_ext.backends.cuda import tiles as cuda_tiles
+from hyperconv_ext.backends.triton import tiles as triton_tiles
 from hyperconv_ext.geometry import Geometry
 
 from .conftest import FUSED, backend_algorithms, dtypes_of, precision_of_the_framework
@@ -69,16 +71,41 @@ def test_output_follows_the_inputs_layout(backend: str, algorithm: str, device) 
     assert functional.basis_conv2d(*tensors, **choice).is_contiguous(memory_format=torch.channels_last)
 
 
+def _atomic_gradients(case: Case, backend: str, device) -> list[bool]:
+    """Whether the gradients of A and of phi are summed by atomic additions."""
+    input, coefficients, basis, _ = draw(case, torch.float32, device)
+    output = functional.basis_conv2d(input, coefficients, basis, None, *case.arguments)
+    padding = (case.padding,) * 2
+    geometry = Geometry.conv(case.size, case.kernel, (1, 1), padding, (1, 1), 1)
+    plans = [
+        planner.plan(ops.problem_of(slot, (output, input, last), geometry), backend)
+        for slot, last in ((2, basis), (3, coefficients))
+    ]
+    if backend == "cuda":
+        return [cuda_tiles.shares(plan.problem, plan.tile)[1] for plan in plans]
+    choices = (triton_tiles.split_coefficients, triton_tiles.split_basis)
+    return [choose(plan.problem, plan.tile)[1] for choose, plan in zip(choices, plans, strict=True)]
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_coefficient_gradient_sums_in_shares(
-    deterministic: bool, backend: str, device, poisoned
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("in a workspace", 3, 4, 4, 3, (24, 20), (3, 3), padding=1),
+        Case("by atomic additions", 1, 1, 2, 1, (17, 20), (1, 1)),
+    ],
+    ids=str,
+)
+def test_gradients_sum_in_shares(
+    case: Case, deterministic: bool, backend: str, device, poisoned
 ) -> None:
     """Enough outputs for several shares, in a workspace or by atomic additions."""
-    case = Case("shares", 3, 4, 4, 3, (24, 20), (3, 3), padding=1)
     torch.use_deterministic_algorithms(deterministic)
     try:
         _compare(case, backend, "basis", torch.float32, "channels_last", device)
+        atomic = _atomic_gradients(case, backend, device)
+        assert atomic == [case.name == "by atomic additions" and not deterministic] * 2
         runs = []
         for _ in range(2):
             torch.manual_seed(1)

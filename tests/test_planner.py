@@ -148,8 +148,11 @@ def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
     basis = problem(channels, kernel=kernel, op="basis_conv_bwd_basis")
     tile = planner.plan(basis, "triton").tile
     chunks = tiles.padded_patch(tiles.lattice_of(basis, tile), tile) // tile.patch
-    splits = tiles.split_basis(basis, tile)
-    assert splits >= 1 and (splits == 1 or splits * chunks * 5 * kernel**2 < weight)
+    for deterministic in (False, True):
+        demanded = dataclasses.replace(basis, deterministic=deterministic)
+        splits, atomic = tiles.split_basis(demanded, tile)
+        assert splits >= 1 and not (atomic and deterministic)
+        assert atomic or splits == 1 or splits * chunks * 5 * kernel**2 < weight
 
 
 def test_dense_convolution_off_the_gpu_for_small_kernels() -> None:
@@ -299,11 +302,11 @@ def test_cuda_workspaces_stay_below_the_weight(kernel: int, channels: int) -> No
         splits, atomic = cuda_tiles.shares(coefficient, _tile(coefficient))
         assert splits >= 1 and not (atomic and deterministic)
         assert atomic or splits == 1 or splits * channels**2 * 5 < weight
-    basis = problem(channels, kernel=kernel, op="basis_conv_bwd_basis")
-    splits, atomic = cuda_tiles.shares(basis, _tile(basis))
-    pieces = cuda_tiles.basis_pieces(_map(basis, _tile(basis)))
-    assert splits >= 1 and not atomic
-    assert splits == pieces == 1 or splits * pieces * 5 * kernel**2 < weight
+        basis = problem(channels, **(changes | {"op": "basis_conv_bwd_basis"}))
+        splits, atomic = cuda_tiles.shares(basis, _tile(basis))
+        pieces = cuda_tiles.basis_pieces(_map(basis, _tile(basis)))
+        assert splits >= 1 and not (atomic and deterministic)
+        assert atomic or splits == pieces == 1 or splits * pieces * 5 * kernel**2 < weight
     for op in OPS if channels >= 64 else ():
         whole = problem(channels, kernel=kernel, op=op)
         map = _map(whole, _tile(whole))

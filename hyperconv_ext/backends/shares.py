@@ -22,15 +22,14 @@ def _wanted(processors: int, programs: int, work: int) -> int:
     return -(-work // -(-work // wanted))
 
 
-def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int, bool]:
-    """(shares, whether they are summed by atomic additions) of the coefficient gradient.
+def _shares(problem: Problem, programs: int, work: int, slices: int) -> tuple[int, bool]:
+    """(shares, whether they are summed by atomic additions).
 
-    `programs` run for each share; `work` is what can be shared. As many slices of
-    C_out * C_in/groups * R numbers must stay smaller than W would be. Where that is too few to fill the
-    machine, atomic additions take over, unless deterministic algorithms are demanded.
+    `programs` run for each share; `work` is what can be shared; `slices` of the sum may be in memory.
+    Where these are too few to fill the machine, atomic additions to a single one take over, unless
+    deterministic algorithms are demanded.
     """
     wanted = _wanted(problem.device.processors, programs, work)
-    slices = max(1, (problem.geometry.taps - 1) // problem.rank)
     if wanted <= slices:
         return wanted, False
     if problem.deterministic:
@@ -38,9 +37,12 @@ def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int,
     return wanted, True
 
 
-def basis_shares(problem: Problem, programs: int, work: int, pieces: int) -> int:
-    """Shares of the basis gradient; each has `pieces` slices of R * K numbers, in all less than W."""
+def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int, bool]:
+    """`_shares` of the coefficient gradient: slices of C_out * C_in/groups * R numbers, less than W."""
+    return _shares(problem, programs, work, max(1, (problem.geometry.taps - 1) // problem.rank))
+
+
+def basis_shares(problem: Problem, programs: int, work: int, pieces: int) -> tuple[int, bool]:
+    """`_shares` of the basis gradient: `pieces` slices of R * K numbers each, in all less than W."""
     weights = problem.out_channels * problem.in_channels // problem.geometry.groups
-    wanted = _wanted(problem.device.processors, programs, work)
-    shares = min(wanted, max(1, (weights - 1) // (problem.rank * pieces)))
-    return -(-work // -(-work // shares))
+    return _shares(problem, programs, work, max(1, (weights - 1) // (problem.rank * pieces)))

@@ -182,11 +182,14 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
-    """The gradient of phi, `[R, *kernel_size]`, in float32. Bitwise repeatable."""
+    """The gradient of phi, `[R, *kernel_size]`, in float32; repeatable as `basis_conv_bwd_coeff` is."""
     problem, fixed = plan.problem, _fixed_of(plan)
     geometry, rank = problem.geometry, problem.rank
-    slices = fixed.shares * fixed.pieces
-    partial = input.new_empty((slices, rank, geometry.taps), dtype=torch.float32)
+    shape = (rank, geometry.taps)
+    if fixed.atomic:
+        partial = input.new_zeros(shape, dtype=torch.float32)
+    else:
+        partial = input.new_empty((fixed.shares * fixed.pieces, *shape), dtype=torch.float32)
     _launch(
         "basis_conv_bwd_basis",
         grad,
@@ -198,10 +201,11 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         geometry.groups,
         fixed.shares,
         fixed.pieces,
+        fixed.atomic,
         problem.tf32,
         problem.aligned,
     )
-    return total(partial).view(rank, *geometry.kernel_size)
+    return (partial if fixed.atomic else total(partial)).view(rank, *geometry.kernel_size)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

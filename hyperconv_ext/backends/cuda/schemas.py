@@ -15,7 +15,7 @@ SCHEMAS = (
     "basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor(a!) partial, "
     f"Tensor(b!) workspace, {_LAUNCH}, int splits, bool atomic, {_MODE}) -> ()",
     "basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor(a!) partial, "
-    f"Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, {_MODE}) -> ()",
+    f"Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, bool atomic, {_MODE}) -> ()",
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, Tensor(a!) basis, "
     "int activation, float slope, bool constant) -> ()",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "

@@ -228,7 +228,7 @@ def _shares(problem: Problem, kernel: Kernel, map: Map) -> tuple[int, bool]:
     if kernel.family == "basis_gradient":
         pieces = basis_pieces(map)
         work = map.blocks * blocks_i * groups
-        return basis_shares(problem, rank_blocks * pieces, work, pieces), False
+        return basis_shares(problem, rank_blocks * pieces, work, pieces)
     return 1, False
 
 

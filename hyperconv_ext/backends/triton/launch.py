@@ -359,7 +359,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
-    """The gradient of phi, `[R, *kernel_size]`, in float32. Bitwise repeatable."""
+    """The gradient of phi, `[R, *kernel_size]`, in float32; repeatable as `basis_conv_bwd_coeff` is."""
     problem, tile = plan.problem, plan.tile
     geometry, rank = problem.geometry, problem.rank
     groups = geometry.groups
@@ -367,8 +367,12 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     workspace = _prepare(plan, lattice, None, coefficients, True, input)
     size_i, size_o = problem.in_channels // groups, problem.out_channels // groups
     chunks = workspace.patch_size // tile.patch
-    splits = split_basis(problem, tile)
-    partial = input.new_empty((splits * chunks, rank, geometry.taps), dtype=torch.float32)
+    splits, atomic = split_basis(problem, tile)
+    shape = (rank, geometry.taps)
+    if atomic:
+        partial = input.new_zeros(shape, dtype=torch.float32)
+    else:
+        partial = input.new_empty((splits * chunks, *shape), dtype=torch.float32)
     launch(
         basis_gradient_kernel,
         chunks * rank * splits,
@@ -391,9 +395,10 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         workspace.patch_size,
         groups,
         BO=tile.outputs,
+        ATOMIC=atomic,
         **_options(tile),
     )
-    return total(partial).view(rank, *geometry.kernel_size)
+    return (partial if atomic else total(partial)).view(rank, *geometry.kernel_size)
 
 
 def coordinate_mlp_fwd(

@@ -299,7 +299,7 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
         count, atomic = split_coefficients(problem, tile)
         slices = count
     elif tile.kernel == "basis_gradient":
-        count = split_basis(problem, tile)
+        count, atomic = split_basis(problem, tile)
         slices = count * (patch_size // tile.patch)
     loop = _loop(problem, tile, lattice, count)
     width = 2 if tile.number == "half" else 4
@@ -346,8 +346,8 @@ def split_coefficients(problem: Problem, tile: Tile) -> tuple[int, bool]:
     return coefficient_shares(problem, problem.rank * blocks_i * blocks_o * groups, work)
 
 
-def split_basis(problem: Problem, tile: Tile) -> int:
-    """Splits of the basis gradient."""
+def split_basis(problem: Problem, tile: Tile) -> tuple[int, bool]:
+    """(splits, whether they are summed by atomic additions) of the basis gradient."""
     lattice = lattice_of(problem, tile)
     groups = problem.geometry.groups
     blocks_i = -(-(problem.in_channels // groups) // tile.channels)

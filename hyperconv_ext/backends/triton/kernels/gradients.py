@@ -132,7 +132,7 @@ def basis_gradient_kernel(
     g,  # [B, C_out, D', H', W'], any strides
     x,  # [B, C_in, D, H, W], any strides
     packed,  # [groups, R, C_out/groups, C_in/groups]
-    partial,  # float32 [splits, patch chunks, R, K]
+    partial,  # float32 [splits, patch chunks, R, K]; [R, K], zeros, if ATOMIC
     rows,
     table,
     strides_g,
@@ -156,6 +156,7 @@ def basis_gradient_kernel(
     BP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ATOMIC: tl.constexpr,
 ):
     """dphi_r(k): the gradient of the banded matrix, summed along its diagonals at the end.
 
@@ -220,7 +221,10 @@ def basis_gradient_kernel(
     t_w = t % axes[2].tile
     t_h = (t // axes[2].tile) % axes[1].tile
     t_d = t // (axes[2].tile * axes[1].tile)
-    partial += ((split * chunks + chunk).to(tl.int64) * rank + r) * taps
+    if ATOMIC:
+        partial += r * taps
+    else:
+        partial += ((split * chunks + chunk).to(tl.int64) * rank + r) * taps
     for first in range(0, taps, BP):
         k = first + tl.arange(0, BP)
         k_w = k % axes[2].kernel
@@ -233,4 +237,7 @@ def basis_gradient_kernel(
         here = (at >= 0) & (at < BP)
         diagonal = tl.gather(band, tl.where(here, at, 0), 1)  # [TP, BP] indexed by (t, k)
         gradient = tl.sum(tl.where(here, diagonal, 0.0), axis=0)
-        tl.store(partial + k, gradient, mask=k < taps)
+        if ATOMIC:
+            tl.atomic_add(partial + k, gradient, mask=k < taps, sem="relaxed")
+        else:
+            tl.store(partial + k, gradient, mask=k < taps)
