@@ -59,11 +59,7 @@ def _fixed_of(plan: Plan) -> _Fixed:
 
 
 def _float(tensor: Tensor) -> Tensor:
-    return (
-        tensor
-        if tensor.dtype == torch.float32 and tensor.is_contiguous()
-        else tensor.float().contiguous()
-    )
+    return tensor.float().contiguous()
 
 
 def _output(plan: Plan, source: Tensor) -> Tensor:
@@ -224,7 +220,7 @@ def coordinate_mlp_fwd(
     basis = coordinates.new_empty(shape, dtype=torch.float32)
     _launch(
         "coordinate_mlp_fwd",
-        coordinates.float().contiguous(),
+        _float(coordinates),
         _contiguous(weights),
         _contiguous(biases),
         basis,
@@ -247,8 +243,8 @@ def coordinate_mlp_bwd(
     bias_gradients = [bias.new_empty(bias.shape) for bias in biases]
     _launch(
         "coordinate_mlp_bwd",
-        grad.float().contiguous(),
-        coordinates.float().contiguous(),
+        _float(grad),
+        _float(coordinates),
         _contiguous(weights),
         _contiguous(biases),
         weight_gradients,
