@@ -32,6 +32,9 @@ _FREE = {
 }
 # Seconds of host time beyond those of nn.Conv2d: of a forward pass, and of one with all gradients.
 _HOST_LIMITS = {"no_grad": 25e-6, "grad": 25e-6, "step": 150e-6}
+# What nn.Conv2d itself took on the idle CPU (an AMD EPYC) for which the limits were set: one that is
+# slower, or busy with other work, is allowed as many times more.
+_REFERENCE = {"no_grad": 13e-6, "grad": 14e-6, "step": 51e-6}
 
 
 class _Library(TorchDispatchMode):
@@ -150,7 +153,8 @@ def test_host_time(phase: str, device) -> None:
         torch.set_num_threads(threads)
     measured = f"{own * 1e6:.1f} us, nn.Conv2d {dense * 1e6:.1f} us"
     print(f"{phase}: {measured}")
-    assert own - dense < _HOST_LIMITS[phase], measured
+    slower = 1.0 if device.type == "cuda" else max(1.0, dense / _REFERENCE[phase])
+    assert own - dense < slower * _HOST_LIMITS[phase], measured
 
 
 @pytest.mark.skipif("cuda" not in FUSED, reason="the CUDA C++ kernels are not here")
