@@ -68,7 +68,8 @@ void expect(const char* name, const char* what, int64_t expected, int64_t got) {
 }
 
 void expect_like(const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": expected dtype ", static_cast<int>(like.scalar_type()), ", got ",
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": expected dtype ",
+                  static_cast<int>(like.scalar_type()), ", got ",
                   static_cast<int>(tensor.scalar_type()));
   expect(name, "device index", like.get_device_index(), tensor.get_device_index());
 }
@@ -271,6 +272,7 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
   expect("coefficients", "channels in", a.x.channels, p.in_channels);
   expect("coefficients", "channels out", y.channels, p.out_channels);
   expect("basis", "functions", coefficients.size(2), p.rank);
+  if (generator) expect("coordinates", "taps", map.taps(), generator->mlp.taps);
   if (bias) {
     expect_like("bias", *bias, source);
     expect_room("bias", *bias, output.size(1));
@@ -303,7 +305,8 @@ void basis_conv_fwd(Tensor input, Tensor coefficients, Tensor basis, std::option
 
 // The gradient of x of that of y; with a bias, a transposed convolution.
 void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::optional<Tensor> bias,
-                          Tensor output, Tensor workspace, Tensor plan, int64_t groups, bool tf32, bool aligned) {
+                          Tensor output, Tensor workspace, Tensor plan, int64_t groups, bool tf32,
+                          bool aligned) {
   convolve(grad, coefficients, basis, nullptr, bias, output, workspace, plan, groups,
            tf32, aligned, true);
 }
@@ -311,7 +314,9 @@ void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::o
 // Either of the two, of a coordinate MLP.
 void hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates,
                     std::vector<Tensor> weights, std::vector<Tensor> biases,
-                    std::optional<Tensor> bias, Tensor output, Tensor basis, Tensor workspace, int64_t activation, double slope, Tensor plan, int64_t groups, bool transposed, bool tf32, bool aligned) {
+                    std::optional<Tensor> bias, Tensor output, Tensor basis, Tensor workspace,
+                    int64_t activation, double slope, Tensor plan, int64_t groups, bool transposed,
+                    bool tf32, bool aligned) {
   Generator generator;
   generator.mlp = mlp_arguments(coordinates, weights, biases, activation, slope);
   generator.wide = weights[0].scalar_type() == ScalarType::Float;
@@ -319,10 +324,10 @@ void hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates,
   const int features = generator.mlp.widths[generator.mlp.layers];
   STD_TORCH_CHECK(basis.size(0) == features || basis.size(0) == features + 1,
                   "basis: expected ", features, " functions or one more, got ", basis.size(0));
-  expect("coordinates", "taps", parse_plan(plan).map.taps(), generator.mlp.taps);
   expect_float("basis", basis);
   generator.basis = static_cast<float*>(basis.data_ptr());
-  convolve(input, coefficients, basis, &generator, bias, output, workspace, plan, groups, tf32, aligned, transposed);
+  convolve(input, coefficients, basis, &generator, bias, output, workspace, plan, groups, tf32,
+           aligned, transposed);
 }
 
 void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partial, Tensor workspace,
@@ -353,7 +358,8 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
                      "coefficient_gradient");
 }
 
-void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial, Tensor workspace, Tensor plan, int64_t groups,
+void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial,
+                          Tensor workspace, Tensor plan, int64_t groups,
                           int64_t splits, int64_t pieces, bool atomic, bool tf32, bool aligned) {
   const auto [map, choice] = parse_plan(plan);
   const Number number = number_of(input, tf32);
