@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner
+from .autocast import autocast_dtype
 from .backends.reference import ACTIVATIONS
 from .checks import (
     Meta,
@@ -102,7 +103,7 @@ def convolve(
         known: Meta | _Network = _Network.of(kernel)
     else:
         known = meta("basis", kernel)
-    same_dtype = not torch.is_autocast_enabled(sizes.device.type)
+    same_dtype = autocast_dtype(sizes.device) is None
     operands = (dims, sizes, columns, known, kernel_size, offsets, spaces, groups)
     geometry = _checked(*operands, backend, algorithm, transposed, same_dtype)
     batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .autocast import without_autocast
 from .backends.reference import ACTIVATIONS
-from .ops.registry import without_autocast
 
 COORDINATES = ("centered", "unit")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -146,6 +146,94 @@ def test_function_transforms(backend: str, device) -> None:
     for actual, expected in zip(*results, strict=True):
         tolerance = 2e-2 if device.type == "cuda" else 1e-5
         assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+def _layer_and_twin(backend: str, device) -> tuple[HyperConv2d, HyperConv2d, Tensor]:
+    """A layer, the same on the reference, and an input of theirs."""
+    layers = [HyperConv2d(2, 3, 2, backend=name, device=device) for name in (backend, "reference")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    return *layers, torch.randn(1, 2, 3, 4, device=device)
+
+
+def _same(actual: Sequence[Tensor], expected: Sequence[Tensor], device) -> None:
+    tolerance = 2e-2 if device.type == "cuda" else 1e-5
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients(backend: str, device) -> None:
+    """`is_grads_batched` and `vectorize`, whose batches are not those of torch.func."""
+    with _precision(backend, device):
+        *layers, input = _layer_and_twin(backend, device)
+        input.requires_grad_()
+        cotangents = torch.randn(3, 1, 3, 2, 3, device=device)
+        results = []
+        for layer in layers:
+            leaves = (input, *layer.parameters())
+            gradients = torch.autograd.grad(layer(input), leaves, cotangents, is_grads_batched=True)
+            jacobian = torch.autograd.functional.jacobian(layer, input.detach(), vectorize=True)
+            results.append([*gradients, jacobian])
+        _same(*results, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pullback_outlives_its_transform(backend: str, device) -> None:
+    with _precision(backend, device):
+        *layers, input = _layer_and_twin(backend, device)
+        cotangent = torch.randn(1, 3, 2, 3, device=device)
+        results = []
+        for layer in layers:
+
+            def call(parameters: dict[str, Tensor], x: Tensor, layer: HyperConv2d = layer) -> Tensor:
+                return torch.func.functional_call(layer, parameters, (x,))
+
+            _, pullback = torch.func.vjp(call, dict(layer.named_parameters()), input)
+            gradients, input_gradient = pullback(cotangent)
+            results.append([*gradients.values(), input_gradient])
+        _same(*results, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_over_no_examples(backend: str, device) -> None:
+    layer, _, input = _layer_and_twin(backend, device)
+    nothing = input.expand(0, *input.shape)
+    assert torch.func.vmap(layer)(nothing).shape == (0, 1, 3, 2, 3)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, nothing)
+    for name, parameter in parameters.items():
+        assert gradients[name].shape == (0, *parameter.shape)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_compiled_transforms(backend: str, device, compiler) -> None:
+    """torch.compile of grad, of vmap and of jvp, in one graph each."""
+    layer, _, input = _layer_and_twin(backend, device)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    coefficients, basis = (t.detach() for t in layer.kernel(track=False))
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def of_functions(x: Tensor) -> Tensor:
+        return functional.basis_conv2d(x, coefficients, basis, backend=backend)
+
+    examples = torch.stack([input, 2 * input])
+    transforms = (
+        lambda x: tuple(torch.func.grad(loss)(parameters, x[0]).values()),
+        lambda x: tuple(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values()),
+        lambda x: (torch.func.vmap(of_functions)(x),),
+        lambda x: torch.func.jvp(of_functions, (x[0],), (x[1],)),
+    )
+    with _precision(backend, device):
+        for transform in transforms:
+            compiled = torch.compile(transform, backend="aot_eager", fullgraph=True)
+            _same(compiled(examples), transform(examples), device)
 
 
 @needs_gpu

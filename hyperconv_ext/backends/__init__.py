@@ -57,6 +57,8 @@ def _describe_other(kind: str) -> Device:
 
 @lru_cache
 def _describe_cuda(index: int) -> Device:
+    if not torch.cuda.is_available():  # fake tensors need no GPU
+        return Device("cuda")
     properties = torch.cuda.get_device_properties(index)
     return Device(
         kind="cuda",

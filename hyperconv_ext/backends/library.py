@@ -1,4 +1,4 @@
-"""`aten::convolution` and its gradients for a `Geometry`, asymmetric padding included.
+"""`aten::convolution` and its gradients for a `Geometry`, asymmetric padding included; products.
 
 The library-backed backends (`reference`, `composite`) are written with these calls.
 """
@@ -11,7 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..geometry import Geometry
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a.device):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        a_grad = product(grads[0], b.T) if needs_a else None
+        return a_grad, product(a.T, grads[0]) if needs_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        a, b = ctx.saved_tensors
+        a_tangent, b_tangent = tangents
+        terms = [] if a_tangent is None else [product(a_tangent, b)]
+        terms += [] if b_tangent is None else [product(a, b_tangent)]
+        return sum(terms[1:], terms[0])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a `[M, K]` @ b `[K, N]` and its derivatives of every order, in their dtype whatever autocast asks.
+
+    PyTorch's own would form its gradients in autocast's dtype in a backward pass inside autocast, also
+    where the forward pass was outside. Convolutions, in the place of one of which it stands, do not.
+    """
+    if a.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return a @ b  # compiled backward passes are free of autocast
+    return _Product.apply(a, b)
 
 
 def _explicit_padding(geometry: Geometry) -> list[int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Geometry
-from .library import convolution, transposed_convolution
+from .library import convolution, product, transposed_convolution
 
 # The slope of the published hyper-networks' LeakyReLU (Ma et al., WACV 2022).
 LEAKY_SLOPE = 0.1
@@ -25,7 +25,10 @@ def materialize_weight(coefficients: Tensor, basis: Tensor) -> Tensor:
     Returns:
         `[C_out, C_in/groups, *kernel_size]` in the dtype of `coefficients`.
     """
-    return torch.tensordot(coefficients, basis.to(coefficients.dtype), dims=1)
+    rank, *kernel_size = basis.shape
+    rows, columns = coefficients.reshape(-1, rank), basis.reshape(rank, -1)
+    weight = product(rows, columns.to(coefficients.dtype))
+    return weight.reshape(*coefficients.shape[:2], *kernel_size)
 
 
 def basis_conv(
@@ -81,6 +84,6 @@ def coordinate_mlp(
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     hidden = coordinates.to(dtype)
     for weight, offset in zip(weights, biases, strict=True):
-        hidden = ACTIVATIONS[activation](F.linear(hidden, weight.to(dtype), offset.to(dtype)))
+        hidden = ACTIVATIONS[activation](product(hidden, weight.to(dtype).t()) + offset.to(dtype))
     basis = hidden.T
     return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis

@@ -1,7 +1,19 @@
 """The operators: schemas, fakes, autograd and autocast. Nothing else in the package registers any."""
 
+from . import flops, sharding
 from .convolution import basis_conv, form, problem_of
 from .hyper import Mlp, hyper_conv
 from .mlp import coordinate_mlp
+from .registry import keep_operators
 
-__all__ = ["Mlp", "basis_conv", "coordinate_mlp", "form", "hyper_conv", "problem_of"]
+__all__ = [
+    "Mlp",
+    "basis_conv",
+    "coordinate_mlp",
+    "flops",
+    "form",
+    "hyper_conv",
+    "keep_operators",
+    "problem_of",
+    "sharding",
+]

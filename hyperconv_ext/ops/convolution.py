@@ -20,15 +20,24 @@ import torch
 from torch import Tensor
 
 from .. import backends, layout, planner
+from ..autocast import for_autocast, without_autocast
 from ..backends import reference
 from ..geometry import Geometry
 from ..layout import new_activation
 from ..problem import OPS, Plan, Problem
-from .registry import Function, for_autocast, one_by_one, register, transforming, unwatched
+from .registry import (
+    Function,
+    can_skip_dispatch,
+    exporting,
+    register,
+    transforming,
+    untraced,
+    vmap_by_loop,
+)
 
 _SLOTS = ("grad", "input", "coefficients", "basis")
 GRAD, INPUT, COEFFICIENTS, BASIS = range(4)
-_BIASED = (GRAD, INPUT)  # the operators whose result is an activation
+BIASED = (GRAD, INPUT)  # the operators whose result is an activation
 OTHERS = tuple(tuple(slot for slot in range(4) if slot != own) for own in range(4))
 GEOMETRY_SCHEMA = (
     "SymInt[] input_size, SymInt[] output_size, SymInt[] kernel_size, "
@@ -38,7 +47,7 @@ GEOMETRY_SCHEMA = (
 
 def _schema(slot: int) -> str:
     tensors = ", ".join(f"Tensor {_SLOTS[other]}" for other in OTHERS[slot])
-    bias = ", Tensor? bias" if slot in _BIASED else ""
+    bias = ", Tensor? bias" if slot in BIASED else ""
     return f"{OPS[slot]}({tensors}{bias}, {GEOMETRY_SCHEMA}) -> Tensor"
 
 
@@ -86,11 +95,19 @@ _Activation = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool
 _Described = tuple[tuple[_Activation, ...], torch.Size, bool, bool]
 
 
+def _at_16_bytes(tensor: Tensor) -> bool:
+    """Whether its memory begins at a multiple of 16 bytes, as that of a tensor without any yet will."""
+    try:
+        return tensor.data_ptr() % 16 == 0
+    except RuntimeError:
+        return True
+
+
 def _described(slot: int, tensors: Sequence[Tensor]) -> _Described:
     """All that the plan of operator `OPS[slot]` on `tensors` depends on, beside the geometry."""
-    split = 1 if slot in _BIASED else 2
+    split = 1 if slot in BIASED else 2
     activations = tuple(
-        [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors[:split]]
+        [(t.shape, t.stride(), t.dtype, t.device, _at_16_bytes(t)) for t in tensors[:split]]
     )
     tf32 = tensors[0].dtype == torch.float32 and backends.tf32_allowed()
     return activations, tensors[split].shape, tf32, torch.are_deterministic_algorithms_enabled()
@@ -151,23 +168,25 @@ def geometry_of(spelled: Sequence[Any]) -> Geometry:
     return Geometry(input, output, kernel, stride, padding, dilation, groups)
 
 
-def _unpack(slot: int, args: Sequence[Any]) -> tuple[Any, ...]:
+def split_arguments(slot: int, args: Sequence[Any]) -> tuple[Any, ...]:
     """Operator arguments in schema order -> (tensors, bias, `GEOMETRY_SCHEMA`'s arguments)."""
-    biased = slot in _BIASED
+    biased = slot in BIASED
     return args[:3], args[3] if biased else None, args[3 + biased :]
 
 
 def run(
     slot: int, plan: Plan | None, tensors: Sequence[Tensor], bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """Operator `OPS[slot]` by `plan`."""
+    """Operator `OPS[slot]` by `plan`, whatever autocast asks of the library calls behind it."""
     if plan is None:
         output = new_output(slot, tensors, geometry).zero_()
         return output if bias is None else output.add_(bias.view(-1, *(1,) * geometry.dims))
     operator = getattr(backends.BACKENDS[plan.backend], OPS[slot])
-    return operator(plan, *tensors, bias) if slot in _BIASED else operator(plan, *tensors)
+    with without_autocast(tensors[0].device):
+        return operator(plan, *tensors, bias) if slot in BIASED else operator(plan, *tensors)
 
 
+@untraced
 def _execute(
     slot: int,
     geometry: Geometry,
@@ -191,13 +210,13 @@ def _call(
 ) -> Tensor:
     """The registered operator `OPS[slot]`."""
     operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
-    operands = (*tensors, bias) if slot in _BIASED else tensors
+    operands = (*tensors, bias) if slot in BIASED else tensors
     return operator(*operands, *flatten(geometry), backend, algorithm)
 
 
-def _substitute(ctx: Any, wanted: int, value: Tensor, slot: int) -> Tensor:
+def _substitute(ctx: Any, saved: Sequence[Tensor], wanted: int, value: Tensor, slot: int) -> Tensor:
     """dS/d(wanted) with `value` in `slot` and the saved tensors elsewhere."""
-    full = dict(zip(OTHERS[ctx.slot], ctx.saved_tensors, strict=True)) | {slot: value}
+    full = dict(zip(OTHERS[ctx.slot], saved, strict=True)) | {slot: value}
     return derivative(wanted, full, ctx.geometry, ctx.backend, ctx.algorithm)
 
 
@@ -228,17 +247,19 @@ class BasisConvFunction(Function):
         (value,) = grads
         needs_bias, *needs = ctx.needs_input_grad[4:]
         bias = bias_gradient(value, ctx.bias_dtype) if needs_bias else None
+        saved = ctx.saved_tensors  # unpacked once: checkpointing and offloading allow no more
         results = [
-            _substitute(ctx, other, value, ctx.slot).to(saved.dtype) if need else None
-            for need, other, saved in zip(needs, OTHERS[ctx.slot], ctx.saved_tensors, strict=True)
+            _substitute(ctx, saved, other, value, ctx.slot).to(tensor.dtype) if need else None
+            for need, other, tensor in zip(needs, OTHERS[ctx.slot], saved, strict=True)
         ]
         return None, None, None, None, bias, *results
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
         bias, *others = tangents[4:]
+        saved = ctx.saved_tensors
         terms = [
-            _substitute(ctx, ctx.slot, tangent, other)
+            _substitute(ctx, saved, ctx.slot, tangent, other)
             for tangent, other in zip(others, OTHERS[ctx.slot], strict=True)
             if tangent is not None
         ]
@@ -248,7 +269,7 @@ class BasisConvFunction(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return one_by_one(BasisConvFunction, info, in_dims, args)
+        return vmap_by_loop(BasisConvFunction.apply, info, in_dims, *args)
 
 
 def _below_autograd(
@@ -259,7 +280,7 @@ def _below_autograd(
     bias: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
-    if unwatched(tensors):
+    if can_skip_dispatch(tensors if bias is None else (bias, *tensors)):
         return _execute(slot, geometry, backend, algorithm, bias, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return _call(slot, geometry, backend, algorithm, bias, *tensors)
@@ -316,6 +337,8 @@ def basis_conv(
     bias = None if bias is None else for_autocast(bias)
     out_channels, _, rank = coefficients.shape
     backend = planner.resolve(backend, algorithm, input.device.type, geometry.taps, out_channels, rank)
+    if exporting():
+        return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
     if backend == "reference":
         planner.check_reference(algorithm)
         return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
@@ -327,17 +350,17 @@ def _register() -> None:
     for slot in range(len(OPS)):
 
         def kernel(*args: Any, slot: int = slot) -> Tensor:
-            tensors, bias, spelled = _unpack(slot, args)
+            tensors, bias, spelled = split_arguments(slot, args)
             return _execute(slot, geometry_of(spelled), *spelled[-2:], bias, *tensors)
 
         def fake(*args: Any, slot: int = slot) -> Tensor:
-            tensors, _, spelled = _unpack(slot, args)
+            tensors, _, spelled = split_arguments(slot, args)
             return new_output(slot, tensors, geometry_of(spelled))
 
         def autograd(*args: Any, slot: int = slot) -> Tensor:
-            tensors, bias, spelled = _unpack(slot, args)
+            tensors, bias, spelled = split_arguments(slot, args)
             geometry = geometry_of(spelled)
-            return BasisConvFunction.apply(slot, geometry, *spelled[-2:], bias, *tensors)
+            return BasisConvFunction.record(slot, geometry, *spelled[-2:], bias, *tensors)
 
         register(_schema(slot), kernel, fake, autograd)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, planner
+from ..autocast import autocast_dtype, for_autocast
 from ..geometry import Geometry
 from ..problem import Plan
 from . import mlp as mlp_operators
@@ -33,7 +35,15 @@ from .convolution import (
     plan_of,
     run,
 )
-from .registry import Function, for_autocast, register, transforming, unwatched
+from .registry import (
+    Function,
+    can_skip_dispatch,
+    exporting,
+    register,
+    transforming,
+    untraced,
+)
+from .sharding import distributed
 
 _SCHEMA = (
     "hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates, Tensor[] weights, "
@@ -50,13 +60,9 @@ class Mlp(NamedTuple):
     biases: Sequence[Tensor]
     activation: str
 
-    @property
-    def features(self) -> int:
-        """N: phi has N functions, and the constant one if the coefficients have a column for it."""
-        return self.weights[-1].shape[0]
 
-
-def _slot(transposed: bool) -> int:
+def slot_of(transposed: bool) -> int:
+    """The convolution that takes x and A: the forward operator, or the input gradient."""
     return INPUT if transposed else GRAD
 
 
@@ -66,7 +72,7 @@ _Compute = Callable[..., tuple[Tensor, Tensor]]
 class HyperConvFunction(Function):
     """(y, phi) of x, A, the coordinates and the parameters of an MLP; differentiable to any order.
 
-    Not under transforms: `hyper_conv` composes its parts there.
+    Not under transforms, where its parts are composed.
     """
 
     @staticmethod
@@ -97,7 +103,7 @@ class HyperConvFunction(Function):
         grad, basis_grad = grads
         bias_grad = input_grad = coefficients_grad = None
         if grad is not None:
-            slot = _slot(transposed)
+            slot = slot_of(transposed)
             first = OTHERS[slot][0]
             shaped = basis.view(-1, *geometry.kernel_size)
             full = {slot: grad, first: input, COEFFICIENTS: coefficients, BASIS: shaped}
@@ -109,7 +115,7 @@ class HyperConvFunction(Function):
             if needs_coefficients:
                 coefficients_grad = derivative(COEFFICIENTS, *choice)
             if any(needs_parameters):
-                through_output = derivative(BASIS, *choice).flatten(1)
+                through_output = derivative(BASIS, *choice).view(basis.shape)
                 basis_grad = through_output if basis_grad is None else basis_grad + through_output
         parameter_grads: Sequence[Tensor | None] = (None,) * len(parameters)
         if basis_grad is not None and any(needs_parameters):
@@ -137,43 +143,61 @@ def hyper_conv(
     numbers = (input.device.type, geometry.taps, out_channels, rank)
     backend = planner.resolve(backend, algorithm, *numbers)
     compute = None
-    if backend != "reference" and not coordinates.requires_grad:
-        if torch.is_autocast_enabled(input.device.type):
+    if backend != "reference" and not coordinates.requires_grad and not exporting():
+        if autocast_dtype(input.device) is not None:
             input, coefficients = for_autocast(input), for_autocast(coefficients)
             bias = None if bias is None else for_autocast(bias)
         choice = (transposed, geometry, backend, algorithm)
-        compute = _computation(input, coefficients, mlp, *choice)
+        compute = _computation(input, coefficients, mlp, bias, *choice)
     if compute is None:
-        basis = mlp_operators.coordinate_mlp(*mlp, rank > mlp.features, backend)
-        shaped = basis.view(-1, *geometry.kernel_size)
-        where = (geometry, backend, algorithm, transposed)
-        return basis_conv(input, coefficients, shaped, bias, *where)
+        return _composed(input, coefficients, mlp, bias, geometry, backend, algorithm, transposed)[0]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return compute(input, coefficients, *mlp, bias)[0]
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     return HyperConvFunction.apply(compute, choice, activation, *operands)[0]
 
 
+def _composed(
+    input: Tensor,
+    coefficients: Tensor,
+    mlp: Mlp,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, phi) by two operators, each of which has the rules of every transform."""
+    basis = mlp_operators.coordinate_mlp(*mlp, coefficients.shape[2] > mlp.weights[-1].shape[0], backend)
+    shaped = basis.view(-1, *geometry.kernel_size)
+    where = (geometry, backend, algorithm, transposed)
+    return basis_conv(input, coefficients, shaped, bias, *where), basis
+
+
 def _computation(
     input: Tensor,
     coefficients: Tensor,
     mlp: Mlp,
+    bias: Tensor | None,
     transposed: bool,
     geometry: Geometry,
     backend: str,
     algorithm: str,
 ) -> _Compute | None:
     """(x, A, *MLP, bias) -> (y, phi): the operator, or what is behind it; None: compose the parts."""
-    if torch.compiler.is_compiling():
+    if distributed((input, *mlp.weights)):
+        return None
+    if torch.compiler.is_compiling():  # the operator has rules for the transforms under compilation
         return partial(_call, transposed, geometry, backend, algorithm)
     if transforming():
         return None
     tensors = (input, coefficients)
-    if not unwatched((*tensors, mlp.coordinates, *mlp.weights, *mlp.biases)):
+    offset = () if bias is None else (bias,)
+    if not can_skip_dispatch((*tensors, *offset, mlp.coordinates, *mlp.weights, *mlp.biases)):
         engine = mlp_operators.engine_of(mlp.coordinates, mlp.weights, backend)
         call = partial(_call_below_autograd, transposed, geometry, backend, algorithm)
         return None if engine is None else call
-    plan = plan_of(_slot(transposed), tensors, geometry, backend, algorithm)
+    plan = plan_of(slot_of(transposed), tensors, geometry, backend, algorithm)
     if plan is None:
         return None
     shapes = tuple([weight.shape for weight in mlp.weights])
@@ -185,7 +209,12 @@ def _fused(plan: Plan, shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _C
     """The planned backend's function, if it evaluates an MLP whose weights have these shapes."""
     widths = (shapes[0][1], *(shape[0] for shape in shapes))
     engine = mlp_operators.engine(widths, dtype, plan.problem.device, plan.backend)
-    return None if engine is None else partial(engine.hyper_conv_fwd, plan)
+    return None if engine is None else partial(_run, engine, plan)
+
+
+@untraced
+def _run(engine: ModuleType, plan: Plan, *operands: Any) -> tuple[Tensor, Tensor]:
+    return engine.hyper_conv_fwd(plan, *operands)
 
 
 def _call(
@@ -223,11 +252,11 @@ def _kernel(
     *spelled: Any,
 ) -> tuple[Tensor, Tensor]:
     """In one go where the planned backend evaluates MLPs, else one after the other."""
-    slot, tensors, geometry = _slot(transposed), (input, coefficients), geometry_of(spelled)
+    slot, tensors, geometry = slot_of(transposed), (input, coefficients), geometry_of(spelled)
     plan = plan_of(slot, tensors, geometry, *spelled[-2:])
     mlp = (coordinates, weights, biases, activation)
     if plan is not None and mlp_operators.engine_of(coordinates, weights, plan.backend) is not None:
-        return backends.BACKENDS[plan.backend].hyper_conv_fwd(plan, *tensors, *mlp, bias)
+        return _run(backends.BACKENDS[plan.backend], plan, *tensors, *mlp, bias)
     constant = coefficients.shape[2] > weights[-1].shape[0]
     basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp, constant, spelled[-2])
     shaped = basis.view(-1, *geometry.kernel_size)
@@ -238,15 +267,19 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     input, coefficients, coordinates, weights, _, _, _, transposed, *spelled = args
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     basis = coordinates.new_empty((coefficients.shape[2], coordinates.shape[0]), dtype=dtype)
-    return new_output(_slot(transposed), (input, coefficients), geometry_of(spelled)), basis
+    return new_output(slot_of(transposed), (input, coefficients), geometry_of(spelled)), basis
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
     input, coefficients, coordinates, weights, biases, bias, activation, transposed, *spelled = args
     choice = (transposed, geometry_of(spelled), *spelled[-2:])
+    if transforming():
+        mlp = Mlp(coordinates, weights, biases, activation)
+        geometry, backend, algorithm = choice[1:]
+        return _composed(input, coefficients, mlp, bias, geometry, backend, algorithm, transposed)
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     compute = partial(_call_below_autograd, *choice)
-    return HyperConvFunction.apply(compute, choice, activation, *operands)
+    return HyperConvFunction.record(compute, choice, activation, *operands)
 
 
 register(_SCHEMA, _kernel, _fake, _autograd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import backends, planner
+from ..autocast import without_autocast
 from ..backends import reference
 from ..memory import remembered
 from ..problem import Device
-from .registry import Function, one_by_one, register, unwatched, without_autocast
+from .registry import (
+    Function,
+    can_skip_dispatch,
+    exporting,
+    register,
+    untraced,
+    vmap_by_loop,
+)
+from .sharding import distributed
 
 _SCHEMAS = (
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, str activation, "
@@ -59,7 +69,8 @@ class CoordinateMLPFunction(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        pairs = zip(ctx.saved_tensors, tangents[4:], strict=True)
+        saved = ctx.saved_tensors
+        pairs = zip(saved, tangents[4:], strict=True)
         directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
 
         def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
@@ -67,13 +78,13 @@ class CoordinateMLPFunction(Function):
             return basis(*parameters)
 
         # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
-        output, pullback, *_ = torch.func.vjp(function, *ctx.saved_tensors)
+        output, pullback, *_ = torch.func.vjp(function, *saved)
         _, double, *_ = torch.func.vjp(pullback, torch.zeros_like(output))
         return double(directions)[0]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return one_by_one(CoordinateMLPFunction, info, in_dims, args)
+        return vmap_by_loop(CoordinateMLPFunction.apply, info, in_dims, *args)
 
 
 def _function(
@@ -91,7 +102,8 @@ def _function(
 
 def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> ModuleType | None:
     """The backend that evaluates the MLP in one kernel; None for PyTorch."""
-    if coordinates.requires_grad:  # the kernels differentiate by the parameters alone
+    # The kernels differentiate by the parameters alone.
+    if coordinates.requires_grad or distributed((coordinates, *weights)):
         return None
     widths = (coordinates.shape[1], *[weight.shape[0] for weight in weights])
     return engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
@@ -116,15 +128,22 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...); differentiable where someone is recording."""
     found = engine_of(coordinates, weights, backend)
-    if torch.is_grad_enabled() or found is None:
+    # The batched tensors of `is_grads_batched` cannot be looped over where an operator takes lists.
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.is_grad_enabled() or found is None or batched:
         constant = grad.shape[0] > weights[-1].shape[0]
         function = _function(coordinates, activation, constant, len(weights))
         return list(torch.func.vjp(function, *weights, *biases)[1](grad))
     operands = (grad, coordinates, weights, biases, activation)
-    if unwatched((grad, coordinates, *weights, *biases)):
-        return found.coordinate_mlp_bwd(*operands)
+    if can_skip_dispatch((grad, coordinates, *weights, *biases)):
+        return _run_backward(found, *operands)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.hyperconv_ext.coordinate_mlp_bwd(*operands, backend)
+
+
+@untraced
+def _run_backward(engine: ModuleType, *operands: Any) -> list[Tensor]:
+    return engine.coordinate_mlp_bwd(*operands)
 
 
 def coordinate_mlp(
@@ -141,13 +160,17 @@ def coordinate_mlp(
     the coordinates, else by PyTorch.
     """
     backend = planner.requested(backend)
+    if exporting() or distributed(weights):
+        return _function(coordinates, activation, constant, len(weights))(*weights, *biases)
     if torch.compiler.is_compiling():
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
         return operator(coordinates, list(weights), list(biases), activation, constant, backend)
-    return _forward(coordinates, weights, biases, activation, constant, backend)
+    operands = (coordinates, weights, biases, activation, constant, backend)
+    return _forward(CoordinateMLPFunction.apply, *operands)
 
 
 def _forward(
+    record: Callable[..., Tensor],
     coordinates: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -159,9 +182,7 @@ def _forward(
     if engine_of(coordinates, weights, backend) is None:
         function = _function(coordinates, activation, constant, layers)
         return function(*weights, *biases)
-    return CoordinateMLPFunction.apply(
-        activation, constant, backend, layers, coordinates, *weights, *biases
-    )
+    return record(activation, constant, backend, layers, coordinates, *weights, *biases)
 
 
 def _register() -> None:
@@ -179,11 +200,11 @@ def _register() -> None:
                 f"coordinate_mlp_bwd: expected an MLP that a kernel of backend={backend!r} evaluates; "
                 f"differentiate coordinate_mlp_fwd instead"
             )
-        return engine.coordinate_mlp_bwd(grad, *operands)
+        return _run_backward(engine, grad, *operands)
 
     def forward_fake(*args: Any) -> Tensor:
         coordinates, weights, _, _, constant, _ = args
-        shape = (weights[-1].shape[0] + constant, coordinates.shape[0])
+        shape = (weights[-1].shape[0] + int(constant), coordinates.shape[0])
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
         return coordinates.new_empty(shape, dtype=dtype)
 
@@ -191,7 +212,8 @@ def _register() -> None:
         _, _, weights, biases, _, _ = args
         return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
 
-    register(_SCHEMAS[0], forward_kernel, forward_fake, _forward)
+    forward_rule = partial(_forward, CoordinateMLPFunction.record)
+    register(_SCHEMAS[0], forward_kernel, forward_fake, forward_rule)
     register(_SCHEMAS[1], backward_kernel, backward_fake, backward)
 
 

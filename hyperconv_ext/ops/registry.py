@@ -1,15 +1,26 @@
-"""The operator libraries, and what every operator's autograd rule needs."""
+"""The operator libraries, and what every operator's rules need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.utils import _pytree as pytree
 
 from ..backends.cuda import schemas
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _library = torch.library.Library("hyperconv_ext", "DEF")
 _launches = torch.library.Library(schemas.NAMESPACE, "DEF")
@@ -20,12 +31,27 @@ for _schema in schemas.SCHEMAS:
 def register(
     schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any]
 ) -> None:
-    """Define `hyperconv_ext::schema`: one kernel for every device, its fake and its autograd rule."""
+    """Define `hyperconv_ext::schema`: one kernel for every device, its fake, autograd and vmap rules."""
     name = schema.partition("(")[0]
+    qualified = f"hyperconv_ext::{name}"
     _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, untraced(kernel), "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"hyperconv_ext::{name}", fake, lib=_library)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    operator = getattr(torch.ops.hyperconv_ext, name)
+    torch.library.register_vmap(qualified, partial(vmap_by_loop, operator), lib=_library)
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, never compiled by Dynamo, nor what it calls: it plans and launches.
+
+    Dynamo sees every Python frame while code that it has compiled or given up on runs, also those of an
+    operator's kernel. `torch.compiler.disable` would do the same, at seconds of imports.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
 
 
 class Function(torch.autograd.Function):
@@ -42,6 +68,12 @@ class Function(torch.autograd.Function):
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
+    @classmethod
+    def record(cls, *args: Any) -> Any:
+        """The same in an operator's autograd rule, which a transform calls when it is at its level."""
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
 
 def transforming() -> bool:
     """Whether a `torch.func` transform or forward-mode differentiation is under way."""
@@ -51,40 +83,110 @@ def transforming() -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def unwatched(tensors: Sequence[Tensor]) -> bool:
-    """Whether nobody could tell an operator from the function behind it: no mode, no tensor subclass.
+def can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
+    """Whether an operator's kernel may be called without the dispatcher, which would add nothing.
 
-    Then the function is called, since the dispatcher takes about as long as all the rest on the host.
+    The dispatcher takes about as long as all the rest on the host. It is needed where a mode watches and
+    for tensors whose memory is not all there is to them: subclasses, lazy negation, and those without
+    memory of their own (empty, meta, symbolic zeros; batched or wrapped by a transform, which refuse).
     """
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and _PLAIN.issuperset(map(type, tensors))
-    )
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, tensors))
+        or any(map(Tensor.is_neg, tensors))
+    ):
+        return False
+    try:
+        return all(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return False
 
 
-def one_by_one(
-    function: type[Function], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    """`vmap` as one call per example: right for every transform, no faster than a loop."""
+def vmap_by_loop(
+    function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    """`vmap` as one call per example: right for every transform, no faster than a loop.
 
-    def example(index: int) -> list[Any]:
-        pairs = zip(args, in_dims, strict=True)
-        return [arg if dim is None else arg.select(dim, index) for arg, dim in pairs]
+    `in_dims` mirrors `args`, lists of tensors included. Of no examples the result has the shape that one
+    would have.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    dims = pytree._broadcast_to_and_flatten(in_dims, spec, is_leaf=lambda dim: dim is None)
+    assert dims is not None
 
-    return torch.stack([function.apply(*example(i)) for i in range(info.batch_size)]), 0
+    def example(index: int) -> Any:
+        pairs = zip(leaves, dims, strict=True)
+        return function(*pytree.tree_unflatten([_of_example(*pair, index) for pair in pairs], spec))
+
+    def _of_example(leaf: Any, dim: int | None, index: int) -> Any:
+        if dim is None or not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.select(dim, index) if info.batch_size else leaf.sum(dim)
+
+    results = [pytree.tree_flatten(example(index)) for index in range(max(info.batch_size, 1))]
+    columns = zip(*(values for values, _ in results), strict=True)
+    stacked = [torch.stack(column)[: info.batch_size] for column in columns]
+    output_spec = results[0][1]
+    output = pytree.tree_unflatten(stacked, output_spec)
+    return output, pytree.tree_unflatten([0] * len(stacked), output_spec)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off, on devices that have it."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+class _Hook(MetaPathFinder):
+    """Calls back once `name` has been imported."""
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self.name, self.callback = name, callback
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_then_call_back(module: ModuleType) -> None:
+            execute(module)
+            self.callback()
+
+        spec.loader.exec_module = execute_then_call_back  # type: ignore[method-assign]
+        return spec
 
 
-def for_autocast(tensor: Tensor) -> Tensor:
-    """`tensor` in autocast's dtype where autocast is on, as it does for `F.convNd`."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call back when the module `name` is imported; at once if it has been.
+
+    For what is registered with parts of PyTorch that take long to import and that few need.
+    """
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Hook(name, callback))
+
+
+_operators_kept = False
+
+
+@contextmanager
+def keep_operators() -> Iterator[None]:
+    """In its body `torch.export` and `torch.jit.trace` record the fused operators as they are.
+
+    Without it a program holds PyTorch's own operators alone (W is built, then convolved), so that it can
+    be loaded, converted and compiled where this package is not installed. With it, it calls
+    `torch.ops.hyperconv_ext` and needs the package to be imported, and (of a trace) the sizes of the
+    inputs to stay what they were.
+    """
+    global _operators_kept  # noqa: PLW0603
+    before, _operators_kept = _operators_kept, True
+    try:
+        yield
+    finally:
+        _operators_kept = before
+
+
+def exporting() -> bool:
+    """Whether a program is being recorded that must not need this package."""
+    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return recording and not _operators_kept

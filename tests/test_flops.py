@@ -1,0 +1,91 @@
+"""What `FlopCounterMode` counts of a layer: what is executed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hyperconv_ext import HyperConv2d, HyperConvTranspose2d, functional, ops, planner
+from hyperconv_ext.backends import BACKENDS
+
+from .conftest import FUSED
+
+every_backend = pytest.mark.parametrize("backend", ["composite", *FUSED])
+TAPS, RANK, CHANNELS, POSITIONS = 25, 5, (16, 32), 2 * 9 * 10
+MLP = 2 * TAPS * (2 * 16 + 16 * 16 + 16 * 4)
+
+
+def _counted(layer: nn.Module, input: torch.Tensor, backward: bool = False) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        output = layer(input)
+        if backward:
+            output.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return {str(operator).split(".")[1]: count for operator, count in counts.items()}
+
+
+def _layer(backend: str, device) -> tuple[HyperConv2d, torch.Tensor]:
+    layer = HyperConv2d(*CHANNELS, 5, padding=2, backend=backend, device=device)
+    return layer, torch.randn(2, 16, 9, 10, device=device, requires_grad=True)
+
+
+def test_composite_is_z_and_the_product_with_a(device) -> None:
+    layer, input = _layer("composite", device)
+    basis = 2 * POSITIONS * CHANNELS[0] * RANK * TAPS
+    mixed = 2 * POSITIONS * CHANNELS[0] * RANK * CHANNELS[1]
+    assert _counted(layer, input) == {"mm": MLP, "basis_conv_fwd": basis + mixed}
+    step = _counted(layer, input, backward=True)
+    for name in ("basis_conv_bwd_input", "basis_conv_bwd_coeff", "basis_conv_bwd_basis"):
+        assert step[name] == basis + mixed
+
+
+@every_backend
+def test_what_the_plan_executes(backend: str, device) -> None:
+    layer, input = _layer(backend, device)
+    step = _counted(layer, input, backward=True)
+    _, geometry = layer.geometry(input)
+    with torch.no_grad():
+        output, basis = layer(input), layer.basis()
+    tensors = (output, input.detach(), layer.coefficients.detach(), basis)
+    total = 0
+    for slot in range(4):
+        operands = [tensor for other, tensor in enumerate(tensors) if other != slot]
+        plan = planner.plan(ops.problem_of(slot, operands, geometry), backend)
+        total += int(BACKENDS[backend].flops(plan))
+    first = 2 * TAPS * 2 * 16  # the gradient of the coordinates, which nobody asks for
+    assert sum(step.values()) == total + 3 * MLP + (MLP - first if backend in FUSED else -first)
+
+
+def test_reference_counts_itself(device) -> None:
+    layer, input = _layer("reference", device)
+    weight = 2 * CHANNELS[0] * CHANNELS[1] * RANK * TAPS
+    dense = 2 * POSITIONS * CHANNELS[0] * CHANNELS[1] * TAPS
+    assert _counted(layer, input) == {"mm": MLP + weight, "convolution": dense}
+
+
+@every_backend
+def test_fake_tensors(backend: str) -> None:
+    """Counted without computing, and of a GPU that is not here."""
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            layer, input = _layer(backend, device)
+            counted = _counted(layer, input)
+        assert sum(counted.values()) > MLP
+
+
+@every_backend
+def test_nothing_to_compute(backend: str, device) -> None:
+    """And a transposed one, whose operator is the input gradient."""
+    layer = HyperConvTranspose2d(3, 4, 3, backend=backend, device=device)
+    assert sum(_counted(layer, torch.randn(2, 3, 5, 4, device=device)).values()) > 0
+    coefficients, basis = torch.randn(4, 3, 2, device=device), torch.randn(2, 3, 3, device=device)
+
+    def function(input: torch.Tensor) -> torch.Tensor:
+        return functional.basis_conv2d(input, coefficients, basis, backend=backend)
+
+    with FlopCounterMode(display=False) as counter:
+        function(torch.randn(0, 3, 5, 4, device=device))
+    assert counter.get_total_flops() == 0
