@@ -97,7 +97,7 @@ def test_opcheck(op: str, backend: str, device) -> None:
     torch.library.opcheck(operator, (*operands, *sizes, *steps, backend, "auto"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "reference", *BACKENDS])
 @pytest.mark.parametrize("weight_norm", [None, "batch"])
 def test_compile_is_one_graph(backend: str, weight_norm: str | None, device, compiler) -> None:
     conv = HyperConv2d(4, 6, 3, padding=1, backend=backend, weight_norm=weight_norm, device=device)

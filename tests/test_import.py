@@ -14,7 +14,7 @@ import torch
 from hyperconv_ext import HyperConv2d, explain, planner
 from hyperconv_ext.backends.cuda import library
 
-from .conftest import FUSED
+from .conftest import FUSED, needs
 
 # The library is looked for where there is none, whatever was built here.
 _NOT_BUILT = """
@@ -135,7 +135,7 @@ def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
     assert "basis_conv_fwd: composite/composite" in _explain("composite", device)
 
 
-@pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
+@needs("cuda")
 def test_explain_says_why_pytorch_evaluates_the_mlp(device) -> None:
     deep = HyperConv2d(16, 16, 3, hidden_features=(8,) * 8, backend="cuda", device=device)
     text = explain(deep, torch.randn(1, 16, 8, 8, device=device))

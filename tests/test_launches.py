@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d
 
-from .conftest import FUSED
+from .conftest import FUSED, needs
 
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 # Operators of PyTorch that launch nothing.
@@ -122,7 +122,7 @@ def _host_seconds(works: list[Callable[[], object]]) -> list[float]:
     return best
 
 
-@pytest.mark.skipif("cuda" not in FUSED, reason="the CUDA C++ kernels are not here")
+@needs("cuda")
 @pytest.mark.parametrize("phase", _HOST_LIMITS)
 def test_host_time(phase: str, device) -> None:
     """Where the host executes the kernels they are only counted: all else is what a GPU's host does."""
@@ -157,7 +157,7 @@ def test_host_time(phase: str, device) -> None:
     assert own - dense < slower * _HOST_LIMITS[phase], measured
 
 
-@pytest.mark.skipif("cuda" not in FUSED, reason="the CUDA C++ kernels are not here")
+@needs("cuda")
 def test_the_host_executes_unless_told_not_to(device) -> None:
     if device.type == "cuda":
         pytest.skip("the kernels run on the GPU")
