@@ -47,14 +47,14 @@ def _interpreter_reason() -> str:
         numpy = version("numpy")
     except PackageNotFoundError:
         return "Triton's interpreter needs NumPy; pip install numpy"
-    if _release(numpy) >= (2, 4) and _release(installed()) < (3, 7):
+    if _release(numpy) >= (2, 4) and () < _release(installed()) < (3, 7):
         what = f"the interpreter of Triton {installed()} does not work with NumPy {numpy}"
         return f'{what}; pip install "numpy<2.4", or Triton 3.7 or later'
     return ""
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(major, minor) of a version."""
+    """(major, minor) of a version, () if it has none."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
