@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +32,26 @@ class Run:
 
 
 _RUN = pytest.StashKey[Run]()
+_END = pytest.StashKey[float]()
 _REPOSITORY = Path(__file__).resolve().parents[1] / ".git"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "the JSON of --benchmark-json, but written after every row: a run that is killed loses one"
     parser.addoption("--results", type=Path, help=text)
+    text = "start no benchmark later than this after the beginning; the others are skipped"
+    parser.addoption("--seconds", type=float, default=math.inf, help=text)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark looks
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True
+    config.stash[_END] = time.monotonic() + config.getoption("seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[_END]:
+        pytest.skip(f"the {item.config.getoption('seconds'):.0f} s of --seconds are over")
 
 
 @pytest.fixture(scope="session")

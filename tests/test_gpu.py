@@ -185,6 +185,14 @@ def test_a_killed_benchmark_loses_one_row(tmp_path: Path) -> None:
     assert document["commit_info"]["id"] and document["machine_info"]["torch"]
 
 
+def test_benchmarks_end_in_time_by_themselves() -> None:
+    arguments = ["-m", "pytest", "benchmarks/test_conv.py", "-q", "-rs", "-k", "tiny", "--seconds=0"]
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "the 0 s of --seconds are over" in done.stdout, done.stdout
+    assert "passed" not in done.stdout
+
+
 def test_the_commit_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMIT", "0123abc+")
     monkeypatch.setattr(hooks, "_REPOSITORY", ROOT / "pyproject.toml")
