@@ -106,7 +106,7 @@ def parts(out: Path, quick: bool, capability: str, sanitizer: str) -> list[Part]
     return [
         *found,
         Part("tests", 90, _pytest("tests", *ignored, "-k", others, "--durations=10", workers=WORKERS)),
-        Part("host time", 20, _pytest(*alone)),
+        Part("host time", 25, _pytest(*alone)),
         Part("memcheck", 120, (*filtered, "--tool", "memcheck", *small), uncached),
         Part("racecheck", 120, (*filtered, "--tool", "racecheck", *small), uncached),
         Part("initcheck", 120, (*check, "--tool", "initcheck", *gradients), uncached),
