@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,9 +28,30 @@ class Run:
     facts: dict[str, str]
     ceilings: Ceilings
     records: list[Record] = field(default_factory=list)
+    where: dict[str, Any] | None = None  # machine and commit, in the JSON
 
 
 _RUN = pytest.StashKey[Run]()
+_END = pytest.StashKey[float]()
+_REPOSITORY = Path(__file__).resolve().parents[1] / ".git"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "the JSON of --benchmark-json, but written after every row: a run that is killed loses one"
+    parser.addoption("--results", type=Path, help=text)
+    text = "start no benchmark later than this after the beginning; the others are skipped"
+    parser.addoption("--seconds", type=float, default=math.inf, help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark looks
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_disable_gc = True
+    config.stash[_END] = time.monotonic() + config.getoption("seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[_END]:
+        pytest.skip(f"the {item.config.getoption('seconds'):.0f} s of --seconds are over")
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +74,34 @@ def run(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Run]:
     yield pytestconfig.stash[_RUN]
     torch.backends.cudnn.benchmark = search
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def written(pytestconfig: pytest.Config, run: Run) -> Iterator[None]:
+    """Writes `--results` anew if the test has a record to add."""
+    known = len(run.records)
+    yield
+    path = pytestconfig.getoption("results")
+    if path is None or len(run.records) == known:
+        return
+    session, hook = pytestconfig._benchmarksession, pytestconfig.hook  # type: ignore[attr-defined]
+    if run.where is None:
+        commit = hook.pytest_benchmark_generate_commit_info(config=pytestconfig)
+        run.where = {"machine_info": session.get_machine_info(), "commit_info": commit}
+    arguments = {"config": pytestconfig, "benchmarks": session.benchmarks}
+    document = hook.pytest_benchmark_generate_json(**arguments, include_data=False, **run.where)
+    hook.pytest_benchmark_update_json(**arguments, output_json=document)
+    whole = path.with_name(f"{path.name}.part")
+    whole.write_text(json.dumps(document))
+    whole.replace(path)
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any] | None:
+    """What COMMIT says where there is no repository to ask; a `+` at its end stands for changes."""
+    commit = os.environ.get("COMMIT")
+    if not commit or _REPOSITORY.exists():
+        return None
+    return {"id": commit.rstrip("+"), "time": None, "dirty": commit.endswith("+")}
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -24,20 +24,44 @@ import pytest
 from hyperconv_ext import backends
 from hyperconv_ext.backends.cuda import library
 
-# The fused backends that can be tested here; pytest's header says what is missing.
-FUSED = ["triton"] if library.reason() else ["cuda", "triton"]
+FUSED = ["cuda", "triton"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Why a fused backend cannot be tested here, or ''. A test of it, that is one with a parameter `backend`
+# and the fixture `device`, is skipped with this reason.
+WHY_NOT = {
+    "cuda": library.reason(),
+    "triton": backends.BACKENDS["triton"].can_evaluate((1,), "float32", backends.describe(DEVICE))[1],
+}
 
 
-def pytest_report_header() -> str:
-    if library.reason():
-        return f"backend cuda is NOT tested: {library.reason()}"
-    return f"backend cuda: {'executed by the host' if library.executes_on_cpu() else 'on the GPU'}"
+def pytest_report_header() -> list[str]:
+    places = {
+        "cuda": "executed by the host" if library.executes_on_cpu() else "on the GPU",
+        "triton": "in its interpreter" if DEVICE.type == "cpu" else "on the GPU",
+    }
+    return [
+        f"backend {name} is NOT tested: {reason}" if reason else f"backend {name}: {places[name]}"
+        for name, reason in WHY_NOT.items()
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        reason = WHY_NOT.get(parameters.get("backend"))
+        if reason and "device" in item.fixturenames:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def needs(backend: str) -> pytest.MarkDecorator:
+    """Skips a test of a fused backend where that cannot be tested, with the reason."""
+    return pytest.mark.skipif(bool(WHY_NOT[backend]), reason=WHY_NOT[backend])
 
 
 @pytest.fixture
 def device() -> torch.device:
     """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks import shapes
+from hyperconv_ext.backends.cuda import tiles as cuda_tiles
+from hyperconv_ext.backends.triton import tiles as triton_tiles
 from hyperconv_ext.geometry import Geometry
-from hyperconv_ext.problem import Device, Op, Problem
+from hyperconv_ext.problem import Device, Op, Plan, Problem
 
 A100 = Device("cuda", 80, 108)
 H200 = Device("cuda", 90, 132)
@@ -40,6 +42,15 @@ def shaped(
     geometry = Geometry.conv(*sizes, shape.groups)
     channels = shape.in_channels, shape.out_channels
     return Problem(op, geometry, shape.batch, *channels, shape.rank, dtype, device, aligned, tf32)
+
+
+def shares_of(plan: Plan) -> tuple[int, bool]:
+    """(shares, whether they are summed by atomic additions) of the gradient of A or of phi."""
+    if plan.backend == "cuda":
+        return cuda_tiles.shares(plan.problem, plan.tile)
+    coefficients = plan.problem.op == "basis_conv_bwd_coeff"
+    split = triton_tiles.split_coefficients if coefficients else triton_tiles.split_basis
+    return split(plan.problem, plan.tile)
 
 
 GPU_SHAPES = tuple(dict.fromkeys(shape for shape, _ in shapes.GPU))

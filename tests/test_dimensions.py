@@ -22,7 +22,7 @@ from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.modules import HyperConvNd
 
-from .conftest import FUSED, dtypes_of, precision_of_the_framework
+from .conftest import FUSED, WHY_NOT, dtypes_of, needs, precision_of_the_framework
 from .oracle import NAMES, check
 
 AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -30,7 +30,7 @@ KINDS = [(dims, transposed) for transposed in (False, True) for dims in (1, 2, 3
 LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 every_kind = pytest.mark.parametrize(("dims", "transposed"), KINDS)
 every_backend = pytest.mark.parametrize("backend", ["composite", *FUSED])
-needs_cuda_library = pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
+needs_cuda_library = needs("cuda")
 GIB = 2**30
 
 
@@ -149,7 +149,7 @@ def test_random_geometry(case: Case, seed: int, dtype: str) -> None:
     """Each element within a few roundings of the sum of its terms' absolute values."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [("composite", torch.float64)]
-    if "cuda" in FUSED:
+    if not WHY_NOT["cuda"]:
         runs.append(("cuda", getattr(torch, dtype)))
     for backend, kind in runs:
         torch.manual_seed(seed)

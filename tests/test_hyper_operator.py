@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -202,21 +201,18 @@ def test_coordinates_of_ones_own(device) -> None:
         functional.hyper_conv2d(*arguments, coordinates=taps.long())
 
 
-def test_gradient_of_the_coordinates(device) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradient_of_the_coordinates(backend: str, device) -> None:
     """No kernel has it: the parts are composed, and PyTorch gives it."""
     weights, biases = _network(4, 2, torch.float32, device)
     input, coefficients = torch.randn(1, 3, 6, 7, device=device), torch.randn(5, 3, 5, device=device)
 
-    def gradient(backend: str) -> Tensor:
+    def gradient(name: str) -> Tensor:
         taps = tap_coordinates((3, 2), "unit", device).requires_grad_()
         arguments = (input, coefficients, weights, biases, (3, 2))
-        output = functional.hyper_conv2d(
-            *arguments, activation="tanh", coordinates=taps, backend=backend
-        )
+        output = functional.hyper_conv2d(*arguments, activation="tanh", coordinates=taps, backend=name)
         return torch.autograd.grad(output.square().sum(), taps)[0]
 
     truth = gradient("reference").double()
     assert truth.any()
-    for backend in FUSED:
-        assert relative_error(gradient(backend), truth) < 2.0**-7
-        assert not math.isnan(gradient(backend).sum().item())
+    assert relative_error(gradient(backend), truth) < 2.0**-7

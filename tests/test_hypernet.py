@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hyperconv_ext import backends, ops, planner
 from hyperconv_ext.hypernet import CoordinateMLP, tap_coordinates
 
-from .conftest import FUSED, dtypes_of
+from .conftest import FUSED, dtypes_of, needs
 from .oracle import FLOOR, relative_error
 
 ACTIVATIONS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
@@ -29,7 +29,7 @@ LARGEST = ((64, 64), (2, *(64,) * 8), (3, 9, 16, 1, 33, 8, 5, 12, 4))
 FEW_EPS = 8 * 2.0**-23
 every_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
-needs_cuda_library = pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
+needs_cuda_library = needs("cuda")
 
 
 @pytest.mark.parametrize(

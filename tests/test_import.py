@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 from hyperconv_ext import HyperConv2d, explain, planner
+from hyperconv_ext.backends import triton as engine
 from hyperconv_ext.backends.cuda import library
+from hyperconv_ext.problem import Device
 
-from .conftest import FUSED
+from .conftest import FUSED, needs
 
 # The library is looked for where there is none, whatever was built here.
 _NOT_BUILT = """
@@ -135,11 +139,40 @@ def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
     assert "basis_conv_fwd: composite/composite" in _explain("composite", device)
 
 
-@pytest.mark.skipif("cuda" not in FUSED, reason="needs the CUDA library")
+@needs("cuda")
 def test_explain_says_why_pytorch_evaluates_the_mlp(device) -> None:
     deep = HyperConv2d(16, 16, 3, hidden_features=(8,) * 8, backend="cuda", device=device)
     text = explain(deep, torch.randn(1, 16, 8, 8, device=device))
     assert "hyper-network: PyTorch (cuda: its MLP kernels take up to 8 layers, not 9)" in text
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.6.0", "2.3.5", ""),
+        ("3.6.0", "2.4.0", r"Triton 3.6.0 does not work with NumPy 2.4.0; pip install \"numpy<2.4\""),
+        ("3.7.0", "2.5.5", ""),
+        ("3.10.0+git1", "3.0", ""),
+        ("unknown", "2.5.5", ""),
+        ("3.9.0", None, "needs NumPy; pip install numpy"),
+    ],
+)
+def test_the_interpreter_says_if_numpy_is_too_new(
+    triton: str, numpy: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        assert name == "numpy"
+        if numpy is None:
+            raise PackageNotFoundError
+        return numpy
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(engine, "installed", lambda: triton)
+    monkeypatch.setattr(engine, "version", version)
+    engine._interpreter_reason.cache_clear()
+    can, why = engine.can_evaluate((1,), "float32", Device("cpu"))
+    engine._interpreter_reason.cache_clear()
+    assert can == (not reason) and re.search(reason, why) and bool(why) == bool(reason)
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from hyperconv_ext.backends.triton import tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import OPS, Op, Plan
 
+from .conftest import needs
 from .oracle import check
 
-pytest.importorskip("triton")
+pytestmark = needs("triton")
 
 _RUNS: dict[str, Op] = {
     "basis": "basis_conv_fwd",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,24 @@ def installed() -> str:
         return "unknown"
 
 
+@lru_cache
+def _interpreter_reason() -> str:
+    """Why Triton's interpreter cannot run a kernel here, or ''."""
+    try:
+        numpy = version("numpy")
+    except PackageNotFoundError:
+        return "Triton's interpreter needs NumPy; pip install numpy"
+    if _release(numpy) >= (2, 4) and () < _release(installed()) < (3, 7):
+        what = f"the interpreter of Triton {installed()} does not work with NumPy {numpy}"
+        return f'{what}; pip install "numpy<2.4", or Triton 3.7 or later'
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version, () if it has none."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
 def _device_reason(device: Device, dtype: str) -> str:
     """Why no kernel runs on this device in this dtype, or ''."""
     if not installed():
@@ -47,7 +66,7 @@ def _device_reason(device: Device, dtype: str) -> str:
         return f"its kernels take {', '.join(_DTYPES)}, not {dtype}"
     if device.kind == "cpu" and interpreted():
         wrong = "Triton's interpreter computes bfloat16 products wrongly; use float32 there"
-        return wrong if dtype == "bfloat16" else ""
+        return wrong if dtype == "bfloat16" else _interpreter_reason()
     if device.kind != "cuda":
         return f"the tensors are on {device.kind}; move them to a CUDA device"
     if device.capability < 80:
