@@ -32,6 +32,9 @@ class Axis(NamedTuple):
         origin(phase) = (num - tap0 * dilation) // modulus - back
         tap(phase, j) = tap0 + first + tap_step * j,  a tap only if in [0, kernel) and
                         num is a multiple of divisor
+
+    There are no more phases than outputs. Phases that agree modulo `modulus` meet the same taps; the
+    first `bands` of those there are have banded matrices of their own.
     """
 
     out_size: int
@@ -51,6 +54,7 @@ class Axis(NamedTuple):
     residues: int
     dilation: int
     modulus: int
+    bands: int
     back: int
     first: int
     tap_step: int
@@ -62,7 +66,7 @@ def _forward(
     # One tap has no dilation; calling it the stride makes neighbouring outputs read neighbours.
     dilation = stride if kernel == 1 else dilation
     common = gcd(stride, dilation)
-    phases = dilation // common
+    phases = min(dilation // common, out)
     return Axis(
         out_size=out,
         in_size=size,
@@ -81,6 +85,7 @@ def _forward(
         residues=1,
         dilation=0,
         modulus=1,
+        bands=1,
         back=0,
         first=0,
         tap_step=1,
@@ -93,7 +98,7 @@ def _transposed(
     # Input p receives from output q through tap k where stride * q = p + padding - dilation * k.
     common = gcd(stride, dilation)
     residues, step = stride // common, dilation // common
-    phases = stride * step
+    phases = min(stride * step, size)
     taps = -(-kernel // residues)
     return Axis(
         out_size=size,
@@ -113,6 +118,7 @@ def _transposed(
         residues=residues,
         dilation=dilation,
         modulus=stride,
+        bands=min(stride, phases),
         back=step * (taps - 1),
         first=residues * (taps - 1),
         tap_step=-residues,
@@ -149,7 +155,7 @@ class Lattice:
     @property
     def bands(self) -> int:
         """Distinct banded matrices: phases that agree modulo the stride share one."""
-        return prod(axis.modulus for axis in self.axes)
+        return prod(axis.bands for axis in self.axes)
 
 
 @lru_cache(maxsize=4096)
