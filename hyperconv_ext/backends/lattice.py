@@ -3,7 +3,7 @@
 Along one axis the outputs that share a residue p mod `phases` form a *phase*. Within a phase, output
 n reads the inputs
 
-    q = origin(phase) + step * (stride * n + j),     j = 0 .. taps - 1,
+    q = origin(phase) + step * (jump * n + j),     j = 0 .. taps - 1,
 
 and meets them with kernel tap  first(phase) + tap_step * j. Dilation has become the distance
 between neighbouring inputs, and the holes of a transposed convolution have become the choice of taps
@@ -11,7 +11,13 @@ between neighbouring inputs, and the holes of a transposed convolution have beco
 gradient differ only in these numbers; the kernels never know which one they compute.
 
 A *tile* is a block of neighbouring outputs of one phase, its *patch* the inputs that they read. The
-tile times the patch is the banded (block Toeplitz) matrix that holds phi where the two meet.
+tile times the patch is the banded (block Toeplitz) matrix that holds phi where the two meet. Output t of
+a tile meets its first tap at patch position stride * t, and position l is the input
+
+    step * (l // stride * jump + l % stride)
+
+after the tile's first. `stride` is `jump`, but where outputs read inputs far apart and the patch leaves
+out those that none of them reads: then it is `taps`.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ class Axis(NamedTuple):
     tiles: int
     step: int
     stride: int
+    jump: int
     patch: int
     taps: int
     scale: int
@@ -61,12 +68,21 @@ class Axis(NamedTuple):
 
 
 def _forward(
-    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+    size: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    tile: int,
+    gaps: bool,
 ) -> Axis:
     # One tap has no dilation; calling it the stride makes neighbouring outputs read neighbours.
     dilation = stride if kernel == 1 else dilation
     common = gcd(stride, dilation)
     phases = min(dilation // common, out)
+    jump = stride // common
+    neighbour = jump if gaps else min(jump, kernel)
     return Axis(
         out_size=out,
         in_size=size,
@@ -75,8 +91,9 @@ def _forward(
         tile=tile,
         tiles=-(-out // (phases * tile)),
         step=dilation,
-        stride=stride // common,
-        patch=(tile - 1) * (stride // common) + kernel,
+        stride=neighbour,
+        jump=jump,
+        patch=(tile - 1) * neighbour + kernel,
         taps=kernel,
         scale=stride,
         shift=-padding,
@@ -93,7 +110,14 @@ def _forward(
 
 
 def _transposed(
-    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+    size: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    tile: int,
+    gaps: bool,
 ) -> Axis:
     # Input p receives from output q through tap k where stride * q = p + padding - dilation * k.
     common = gcd(stride, dilation)
@@ -109,6 +133,7 @@ def _transposed(
         tiles=-(-size // (phases * tile)),
         step=step,
         stride=1,
+        jump=1,
         patch=tile - 1 + taps,
         taps=taps,
         scale=1,
@@ -159,8 +184,17 @@ class Lattice:
 
 
 @lru_cache(maxsize=4096)
-def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, int, int]) -> Lattice:
-    """The row map of a geometry (or of its input gradient) in tiles of the given shape."""
+def lattice(
+    geometry: Geometry,
+    batch: int,
+    transposed: bool,
+    tile: tuple[int, int, int],
+    gaps: bool = True,
+) -> Lattice:
+    """The row map of a geometry (or of its input gradient) in tiles of the given shape.
+
+    `gaps`: patches are boxes, with the inputs that no output reads.
+    """
     lead = 3 - geometry.dims
     build = _transposed if transposed else _forward
     rows = zip(
@@ -173,7 +207,7 @@ def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, i
         tile,
         strict=True,
     )
-    depth, height, width = (build(*row) for row in rows)
+    depth, height, width = (build(*row, gaps) for row in rows)
     return Lattice((depth, height, width), batch)
 
 
@@ -187,7 +221,9 @@ def _shapes(positions: int) -> list[tuple[int, int, int]]:
 def best_lattice(geometry: Geometry, batch: int, transposed: bool, positions: int) -> Lattice:
     """The tile shape of `positions` outputs that multiplies least: tiles x patch, padding included.
 
-    Between equals the one longest along the last axis wins: its rows are contiguous in memory.
+    Patches are without gaps. Between equals the one longest along the last axis wins: its rows are
+    contiguous in memory.
     """
-    choices = [lattice(geometry, batch, transposed, shape) for shape in _shapes(positions)]
+    shapes = _shapes(positions)
+    choices = [lattice(geometry, batch, transposed, shape, gaps=False) for shape in shapes]
     return min(choices, key=lambda choice: choice.units * choice.patch)

@@ -48,6 +48,7 @@ def _axis(codes):
         _number(codes[18]),
         _number(codes[19]),
         _number(codes[20]),
+        _number(codes[21]),
     )
 
 
@@ -227,10 +228,16 @@ def _write_axis(rows, axis):
     tl.store(rows + 2, axis.phases)
     tl.store(rows + 3, axis.tile)
     tl.store(rows + 4, axis.tiles)
-    tl.store(rows + 5, axis.step * axis.stride * axis.tile)
+    tl.store(rows + 5, axis.step * axis.jump * axis.tile)
     tl.store(rows + 6, axis.kernel)
     tl.store(rows + 7, axis.stride)
     tl.store(rows + 8, axis.patch)
+
+
+@triton.jit
+def _place(axis, l):
+    """How far patch position `l` of one axis is from the tile's first input."""
+    return axis.step * (l // axis.stride * axis.jump + l % axis.stride)
 
 
 @triton.jit
@@ -256,9 +263,9 @@ def _write_rows(rows, table, axes, pid, patch_size, BL: tl.constexpr):
     within = i < axes[0].patch * axes[1].patch * axes[2].patch
     outside = 1 << 30  # beyond any axis, and added to any coordinate still below 2**31
     i_outer = i // axes[2].patch
-    w = tl.where(within, (i % axes[2].patch) * axes[2].step, outside)
-    h = tl.where(within, (i_outer % axes[1].patch) * axes[1].step, outside)
-    d = tl.where(within, (i_outer // axes[1].patch) * axes[0].step, outside)
+    w = tl.where(within, _place(axes[2], i % axes[2].patch), outside)
+    h = tl.where(within, _place(axes[1], i_outer % axes[1].patch), outside)
+    d = tl.where(within, _place(axes[0], i_outer // axes[1].patch), outside)
     tl.store(table + i, d, mask=i < patch_size)
     tl.store(table + patch_size + i, h, mask=i < patch_size)
     tl.store(table + 2 * patch_size + i, w, mask=i < patch_size)
