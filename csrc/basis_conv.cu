@@ -234,9 +234,9 @@ __global__ __launch_bounds__(256) void basis_conv_kernel(const __grid_constant__
 }
 
 template <class N, int kOutTiles, int kRanks>
-cudaError_t run(const Lattice& map, const Choice& choice, const ConvArguments& a,
-                cudaStream_t stream) {
-  if (choice.ranks != kRanks) return cudaErrorInvalidValue;
+Status run(const Lattice& map, const Choice& choice, const ConvArguments& a,
+           cudaStream_t stream) {
+  if (choice.ranks != kRanks || a.x.channels == 0) return kUnknownPlan;
   using Element = typename N::Element;
   ConvParameters<N> p = {};
   p.map = map;
@@ -252,19 +252,19 @@ cudaError_t run(const Lattice& map, const Choice& choice, const ConvArguments& a
   p.halo_stages = choice.halo_stages;
   p.y_pairs = a.aligned;
   const ConvShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
-  if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
+  if (choice.shared_bytes != shared.bytes) return kUnknownPlan;
   const int64_t blocks = static_cast<int64_t>(a.groups) * map.phases() * map.blocks() *
                          ceil_div(a.y_channels, 16 * kOutTiles);
-  return launch(basis_conv_kernel<N, kOutTiles, kRanks>, blocks, choice.warps * 32,
-                choice.shared_bytes, stream, p);
+  return launch<basis_conv_kernel<N, kOutTiles, kRanks>>(blocks, choice.warps * 32, choice.shared_bytes,
+                                                         stream, p);
 }
 
 }  // namespace
 
-cudaError_t basis_conv(Number number, const Lattice& map, const Choice& choice,
-                       const ConvArguments& a, cudaStream_t stream) {
-  if (map.units() != choice.warps * kUnits) return cudaErrorInvalidValue;
-  return with_number(number, [&](auto n) {
+Status basis_conv(Number number, const Lattice& map, const Choice& choice,
+                  const ConvArguments& a, cudaStream_t stream) {
+  if (map.units() != choice.warps * kUnits) return kUnknownPlan;
+  return with_number(number, [&](auto n) -> Status {
     using N = decltype(n);
     if constexpr (std::is_same_v<N, Ieee>) {
       // Ordinary units: one basis function at a time leaves room for what they fetch.
@@ -280,7 +280,7 @@ cudaError_t basis_conv(Number number, const Lattice& map, const Choice& choice,
         if (choice.out_tiles == 8) return run<N, 8, 2>(map, choice, a, stream);
       }
     }
-    return cudaErrorInvalidValue;
+    return kUnknownPlan;
   });
 }
 

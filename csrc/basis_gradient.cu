@@ -26,6 +26,7 @@ struct BasisParameters {
   float* partial;         // [splits, pieces, R, K]; [R, K] if atomic
   int groups, rank, splits, halo_stages;
   bool atomic;
+  const float* scales;    // [R], where A is scaled
 };
 
 template <class N, int kOutTiles, int kRanks>
@@ -241,6 +242,7 @@ class BasisGradient {
         const int l = (l_d * h->patch + l_h) * w->patch + l_w - piece_ * kWidth;
         if (l >= 0 && l < kWidth) value += total[(j * kUnit + t) * kWidth + l];
       }
+      if constexpr (kScaled<N>) value *= p_.scales[first_ + j];
       float* address = partial + static_cast<int64_t>(first_ + j) * taps + k;
       if (p_.atomic) {
         atomicAdd(address, value);
@@ -266,10 +268,10 @@ __global__ __launch_bounds__(256) void basis_gradient_kernel(
 }
 
 template <class N, int kOutTiles, int kRanks>
-cudaError_t run(const Lattice& map, const Choice& choice, const BasisArguments& a,
-                cudaStream_t stream) {
+Status run(const Lattice& map, const Choice& choice, const BasisArguments& a,
+           cudaStream_t stream) {
   using Element = typename N::Element;
-  if (choice.ranks != kRanks || choice.out_tiles != kOutTiles) return cudaErrorInvalidValue;
+  if (choice.ranks != kRanks || choice.out_tiles != kOutTiles) return kUnknownPlan;
   BasisParameters<N> p = {};
   p.map = map;
   p.g = {static_cast<const Element*>(a.g.data), a.g.strides, a.g.channels, a.aligned};
@@ -281,22 +283,23 @@ cudaError_t run(const Lattice& map, const Choice& choice, const BasisArguments& 
   p.splits = a.splits;
   p.halo_stages = choice.halo_stages;
   p.atomic = a.atomic;
+  p.scales = a.scales;
   const BasisShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
-  if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
+  if (choice.shared_bytes != shared.bytes) return kUnknownPlan;
   const int64_t blocks = static_cast<int64_t>(a.splits) * ceil_div(a.rank, kRanks) *
                          basis_gradient_pieces(map);
-  return launch(basis_gradient_kernel<N, kOutTiles, kRanks>, blocks, choice.warps * 32,
-                choice.shared_bytes, stream, p);
+  return launch<basis_gradient_kernel<N, kOutTiles, kRanks>>(blocks, choice.warps * 32, choice.shared_bytes,
+                                                             stream, p);
 }
 
 }  // namespace
 
 int basis_gradient_pieces(const Lattice& map) { return ceil_div(map.chunks(), kPiece); }
 
-cudaError_t basis_gradient(Number number, const Lattice& map, const Choice& choice,
-                           const BasisArguments& a, cudaStream_t stream) {
-  if (map.units() != choice.warps * kUnits || map.bands() != 1) return cudaErrorInvalidValue;
-  return with_number(number, [&](auto n) {
+Status basis_gradient(Number number, const Lattice& map, const Choice& choice,
+                      const BasisArguments& a, cudaStream_t stream) {
+  if (map.units() != choice.warps * kUnits || map.bands() != 1) return kUnknownPlan;
+  return with_number(number, [&](auto n) -> Status {
     using N = decltype(n);
     // Two basis functions: the gradients of their bands take 128 registers.
     constexpr int kRanks = std::is_same_v<N, Ieee> ? 1 : 2;

@@ -23,6 +23,7 @@ struct CoefficientParameters {
   float* partial;        // [splits, C_out, C_in / groups, R]
   int groups, rank, splits, slice, halo_stages;
   bool atomic;
+  const float* scales;    // [R], where the bands are scaled
 };
 
 template <class N, int kOutTiles, int kRanks>
@@ -209,7 +210,8 @@ class CoefficientGradient {
       if (j >= ranks_ || in_ + channel >= p_.x.channels || out_ + out >= p_.g.channels) continue;
       const int64_t row = static_cast<int64_t>(group_) * p_.g.channels + out_ + out;
       float* address = partial + (row * p_.x.channels + in_ + channel) * p_.rank + first_ + j;
-      const float value = total[(j * kChannels + channel) * kOut + out];
+      float value = total[(j * kChannels + channel) * kOut + out];
+      if constexpr (kScaled<N>) value *= p_.scales[first_ + j];
       if (p_.atomic) {
         atomicAdd(address, value);
       } else {
@@ -235,10 +237,10 @@ __global__ __launch_bounds__(256) void coefficient_gradient_kernel(
 }
 
 template <class N, int kOutTiles, int kRanks>
-cudaError_t run(const Lattice& map, const Choice& choice, const CoefficientArguments& a,
-                cudaStream_t stream) {
+Status run(const Lattice& map, const Choice& choice, const CoefficientArguments& a,
+           cudaStream_t stream) {
   using Element = typename N::Element;
-  if (choice.ranks != kRanks) return cudaErrorInvalidValue;
+  if (choice.ranks != kRanks) return kUnknownPlan;
   CoefficientParameters<N> p = {};
   p.map = map;
   p.g = {static_cast<const Element*>(a.g.data), a.g.strides, a.g.channels, a.aligned};
@@ -251,20 +253,21 @@ cudaError_t run(const Lattice& map, const Choice& choice, const CoefficientArgum
   p.slice = choice.slice;
   p.halo_stages = choice.halo_stages;
   p.atomic = a.atomic;
+  p.scales = a.scales;
   const CoefficientShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
-  if (choice.shared_bytes != shared.bytes) return cudaErrorInvalidValue;
+  if (choice.shared_bytes != shared.bytes) return kUnknownPlan;
   const int64_t blocks = static_cast<int64_t>(a.groups) * a.splits * ceil_div(a.rank, kRanks) *
                          ceil_div(a.x.channels, kChannels) * ceil_div(a.g.channels, 16 * kOutTiles);
-  return launch(coefficient_gradient_kernel<N, kOutTiles, kRanks>, blocks, choice.warps * 32,
-                choice.shared_bytes, stream, p);
+  return launch<coefficient_gradient_kernel<N, kOutTiles, kRanks>>(blocks, choice.warps * 32, choice.shared_bytes,
+                                                                   stream, p);
 }
 
 }  // namespace
 
-cudaError_t coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
-                                 const CoefficientArguments& a, cudaStream_t stream) {
-  if (map.units() != choice.warps * kUnits || map.bands() != 1) return cudaErrorInvalidValue;
-  return with_number(number, [&](auto n) {
+Status coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
+                            const CoefficientArguments& a, cudaStream_t stream) {
+  if (map.units() != choice.warps * kUnits || map.bands() != 1) return kUnknownPlan;
+  return with_number(number, [&](auto n) -> Status {
     using N = decltype(n);
     if constexpr (std::is_same_v<N, Ieee>) {
       if (choice.out_tiles == 1) return run<N, 1, 1>(map, choice, a, stream);
@@ -275,7 +278,7 @@ cudaError_t coefficient_gradient(Number number, const Lattice& map, const Choice
       // 64: the sums of three basis functions take 96 registers, their z 48.
       if (choice.out_tiles == 4) return run<N, 4, 3>(map, choice, a, stream);
     }
-    return cudaErrorInvalidValue;
+    return kUnknownPlan;
   });
 }
 

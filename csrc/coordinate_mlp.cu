@@ -79,21 +79,23 @@ __global__ __launch_bounds__(kThreads, 1) void coordinate_mlp_backward_kernel(
 
 }  // namespace
 
-cudaError_t coordinate_mlp(Number number, const MlpArguments& p, float* basis, bool constant,
-                           cudaStream_t stream) {
-  return with_number(number, [&](auto n) {
+Status coordinate_mlp(Number number, const MlpArguments& p, float* basis, bool constant,
+                      cudaStream_t stream) {
+  return with_number(number, [&](auto n) -> Status {
     using T = typename decltype(n)::Element;
-    return launch(coordinate_mlp_kernel<T>, ceil_div(p.taps, kWarps), kThreads,
-                  kWarps * static_cast<int>(sizeof(Features)), stream, p, basis, constant);
+    return launch<coordinate_mlp_kernel<T>>(ceil_div(p.taps, kWarps), kThreads,
+                                            kWarps * static_cast<int>(sizeof(Features)), stream, p,
+                                            basis, constant);
   });
 }
 
-cudaError_t coordinate_mlp_backward(Number number, const MlpArguments& p, const float* gradient,
-                                    const MlpGradients& sums, cudaStream_t stream) {
-  return with_number(number, [&](auto n) {
+Status coordinate_mlp_backward(Number number, const MlpArguments& p, const float* gradient,
+                               const MlpGradients& sums, cudaStream_t stream) {
+  return with_number(number, [&](auto n) -> Status {
     using T = typename decltype(n)::Element;
-    return launch(coordinate_mlp_backward_kernel<T>, p.layers, kThreads,
-                  kWarps * static_cast<int>(sizeof(Trace)), stream, p, gradient, sums);
+    return launch<coordinate_mlp_backward_kernel<T>>(p.layers, kThreads,
+                                                     kWarps * static_cast<int>(sizeof(Trace)), stream,
+                                                     p, gradient, sums);
   });
 }
 

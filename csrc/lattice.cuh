@@ -78,7 +78,7 @@ __device__ __forceinline__ Block locate(const Lattice& map, int index) {
     block.phase[d] = phase[d];
     block.output[d] = tile[d] * a.units * a.unit;
     block.input[d] = phase_origin(a, phase[d]) + a.step * a.stride * block.output[d];
-    block.band = block.band * a.modulus + phase[d] % a.modulus;
+    block.band = block.band * a.bands + phase[d] % a.bands;
   }
   return block;
 }

@@ -21,6 +21,7 @@ struct Axis {
   int blocks;  // blocks of a phase
   int patch;   // (unit - 1) * stride + taps
   int halo;    // (units * unit - 1) * stride + taps
+  int bands;
 };
 
 struct Lattice {
@@ -44,7 +45,7 @@ struct Lattice {
     return axis[0].phases * axis[1].phases * axis[2].phases;
   }
   __host__ __device__ int bands() const {
-    return axis[0].modulus * axis[1].modulus * axis[2].modulus;
+    return axis[0].bands * axis[1].bands * axis[2].bands;
   }
   __host__ __device__ int blocks() const {
     return batch_blocks * axis[0].blocks * axis[1].blocks * axis[2].blocks;

@@ -9,6 +9,20 @@
 
 namespace hyperconv {
 
+// What became of a launch.
+struct Status {
+  cudaError_t error;  // the runtime's own
+  bool known = true;  // whether the plan is one that this library can carry out
+};
+constexpr Status kUnknownPlan = {cudaSuccess, false};
+
+// `error` of our own call to the runtime. It is returned, so that it must not stay behind to surface at the
+// next call of somebody else's; what others left is neither looked at nor cleared.
+inline cudaError_t reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // How the operands are multiplied.
 enum class Number { kHalf, kBfloat16, kTf32, kIeee };
 
@@ -42,14 +56,19 @@ struct PrepareArguments {
   void* packed;                // [groups, in / 16, R, out_tiles, 32 lanes, 8]
   int64_t stride_group, stride_in, stride_out, stride_rank;
   int groups, in_channels, out_channels, out_tiles, rank;
+  // float16 only, whose factors are scaled by powers of two. With bands, by phi's sums of magnitudes; without,
+  // by the largest of `norms` [norm_rows, R], the sums of A's magnitudes over a group's outputs.
+  const float* norms;
+  int norm_rows;
+  float* scales;          // [R], written: what the sums of the kernel that follows are to be multiplied by; or null
   bool transposed_bands;  // as right operands: k, along the patch, changes first among a lane's pairs
 };
-cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& arguments,
-                    cudaStream_t stream);
-// The same with phi from the MLP, float32 [R, K], written too; a constant 1 after the features, if R has
+Status prepare(Number number, const Lattice& map, const PrepareArguments& arguments,
+               cudaStream_t stream);
+// The same with phi from the MLP, float32 [R, K], written too, but not in float16; a constant 1 after the features, if R has
 // room. `wide`: the MLP's parameters are float32, else of the operands' type.
-cudaError_t prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
-                             const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
+Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
+                        const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
 
 // Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).
 struct Choice {
@@ -72,8 +91,8 @@ struct ConvArguments {
   int groups, rank;
   bool aligned;
 };
-cudaError_t basis_conv(Number number, const Lattice& map, const Choice& choice,
-                       const ConvArguments& arguments, cudaStream_t stream);
+Status basis_conv(Number number, const Lattice& map, const Choice& choice,
+                  const ConvArguments& arguments, cudaStream_t stream);
 
 struct CoefficientArguments {
   Operand g, x;
@@ -81,9 +100,10 @@ struct CoefficientArguments {
   float* partial;  // [splits, C_out, C_in / groups, R]; [C_out, C_in / groups, R], zeros, if `atomic`
   int groups, rank, splits;
   bool atomic, aligned;
+  const float* scales;  // of `prepare`
 };
-cudaError_t coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
-                                 const CoefficientArguments& arguments, cudaStream_t stream);
+Status coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
+                            const CoefficientArguments& arguments, cudaStream_t stream);
 
 struct BasisArguments {
   Operand g, x;
@@ -91,22 +111,22 @@ struct BasisArguments {
   float* partial;  // [splits, patch pieces, R, K]; [R, K], zeros, if `atomic`
   int groups, rank, splits;
   bool atomic, aligned;
+  const float* scales;  // of `prepare`
 };
 // Pieces of the patch, each with a sum of its own: a block holds the gradients of one.
 int basis_gradient_pieces(const Lattice& map);
-cudaError_t basis_gradient(Number number, const Lattice& map, const Choice& choice,
-                           const BasisArguments& arguments, cudaStream_t stream);
+Status basis_gradient(Number number, const Lattice& map, const Choice& choice,
+                      const BasisArguments& arguments, cudaStream_t stream);
 
 // basis: float32 [features + constant, K]; the last row is ones if `constant`.
-cudaError_t coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,
-                           cudaStream_t stream);
+Status coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,
+                      cudaStream_t stream);
 // gradient: float32 [at least features, K]. The sums have the parameters' shapes and dtype.
 struct MlpGradients {
   void* weight[kMaxLayers];
   void* bias[kMaxLayers];
 };
-cudaError_t coordinate_mlp_backward(Number number, const MlpArguments& arguments,
-                                    const float* gradient, const MlpGradients& sums,
-                                    cudaStream_t stream);
+Status coordinate_mlp_backward(Number number, const MlpArguments& arguments, const float* gradient,
+                               const MlpGradients& sums, cudaStream_t stream);
 
 }  // namespace hyperconv

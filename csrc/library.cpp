@@ -47,15 +47,16 @@ class DeviceScope {
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
         "hyperconv_ext: PyTorch has no current stream for device ", tensor.get_device_index());
     stream_ = static_cast<cudaStream_t>(stream);
-    check(cudaSetDevice(tensor.get_device_index()), "cudaSetDevice");
+    check({reported(cudaSetDevice(tensor.get_device_index()))}, "cudaSetDevice");
   }
   cudaStream_t stream() const { return stream_; }
 
-  static void check(cudaError_t error, const char* what) {
-    STD_TORCH_CHECK(error != cudaErrorInvalidValue, "hyperconv_ext: ", what,
+  static void check(Status status, const char* what) {
+    STD_TORCH_CHECK(status.known, "hyperconv_ext: ", what,
                     ": the planned tile is not one of this library's; rebuild it with the Python "
                     "package: pip install . --no-build-isolation");
-    STD_TORCH_CHECK(error == cudaSuccess, "hyperconv_ext: ", what, ": ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(status.error == cudaSuccess, "hyperconv_ext: ", what, ": ",
+                    cudaGetErrorString(status.error));
   }
 
  private:
@@ -119,8 +120,8 @@ Planned parse_plan(const Tensor& plan) {
   for (Axis& a : planned.map.axis) {
     for (int* field :
          {&a.out_size, &a.in_size, &a.kernel, &a.phases, &a.step, &a.stride, &a.taps, &a.scale,
-          &a.shift, &a.divisor, &a.inverse, &a.residues, &a.dilation, &a.modulus, &a.back, &a.first,
-          &a.tap_step, &a.unit, &a.units, &a.blocks, &a.patch, &a.halo}) {
+          &a.shift, &a.divisor, &a.inverse, &a.residues, &a.dilation, &a.modulus, &a.bands, &a.back,
+          &a.first, &a.tap_step, &a.unit, &a.units, &a.blocks, &a.patch, &a.halo}) {
       *field = *next++;
     }
   }
@@ -203,6 +204,14 @@ PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool tr
   const int64_t tiles = groups * ceil_div(p.in_channels, 16) * p.rank * p.out_tiles;
   p.packed = workspace.take("coefficients", tiles);
   return p;
+}
+
+// Where float16 factors are scaled: room for the powers of two by which the kernel's sums are multiplied.
+float* scales(Number number, PrepareArguments& p, Workspace& workspace) {
+  if (number != Number::kHalf) return nullptr;
+  const int64_t tile_bytes = 512, bytes = p.rank * static_cast<int64_t>(sizeof(float));
+  p.scales = static_cast<float*>(workspace.take("scales", (bytes + tile_bytes - 1) / tile_bytes));
+  return p.scales;
 }
 
 void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
@@ -345,6 +354,7 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
   add_bands(p, map, basis, room);
   p.transposed_bands = true;
   a.bands = p.bands;
+  a.scales = scales(number, p, room);
   a.groups = static_cast<int>(groups);
   a.rank = p.rank;
   a.splits = static_cast<int>(splits);
@@ -358,9 +368,9 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
                      "coefficient_gradient");
 }
 
-void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor partial,
-                          Tensor workspace, Tensor plan, int64_t groups,
-                          int64_t splits, int64_t pieces, bool atomic, bool tf32, bool aligned) {
+void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
+                          std::optional<Tensor> norms, Tensor partial, Tensor workspace, Tensor plan,
+                          int64_t groups, int64_t splits, int64_t pieces, bool atomic, bool tf32, bool aligned) {
   const auto [map, choice] = parse_plan(plan);
   const Number number = number_of(input, tf32);
   expect_like("grad", grad, input);
@@ -370,7 +380,15 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor
   a.g = operand("grad", grad, map, &Axis::out_size, groups);
   a.x = operand("input", input, map, &Axis::in_size, groups);
   Workspace room(workspace, input);
-  const PrepareArguments p = preparation(&coefficients, groups, true, 1, room);
+  PrepareArguments p = preparation(&coefficients, groups, true, 1, room);
+  a.scales = scales(number, p, room);
+  if (a.scales) {
+    STD_TORCH_CHECK(norms.has_value(), "norms: expected the sums of float16 coefficients, got None");
+    expect_float("norms", *norms);
+    p.norm_rows = static_cast<int>(groups * a.x.channels);
+    expect_room("norms", *norms, static_cast<int64_t>(p.norm_rows) * p.rank);
+    p.norms = static_cast<const float*>(norms->data_ptr());
+  }
   expect("coefficients", "channels in", a.x.channels, p.out_channels);
   expect("coefficients", "channels out", a.g.channels, p.in_channels);
   expect("partial", "pieces of the patch", basis_gradient_pieces(map), pieces);

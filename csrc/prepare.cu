@@ -26,8 +26,8 @@ struct Residues {
   __device__ __forceinline__ Residues(const Lattice& map, int band) {
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      axis[d] = band % map.axis[d].modulus;
-      band /= map.axis[d].modulus;
+      axis[d] = band % map.axis[d].bands;
+      band /= map.axis[d].bands;
     }
   }
 };
@@ -49,6 +49,35 @@ __device__ __forceinline__ int tap_index(const Lattice& map, const Residues& res
   return meets ? tap : -1;
 }
 
+// The power of two above `sum`, with room for the rounding of its terms; 1 if there is nothing to scale by.
+__device__ __forceinline__ float power_above(float sum) {
+  sum *= 1.0f + 1.0f / 512;
+  uint32_t bits;
+  memcpy(&bits, &sum, 4);
+  const uint32_t exponent = bits >> 23;
+  if (exponent == 0 || exponent > 250) return 1.0f;
+  bits = (exponent + 1) << 23;
+  memcpy(&sum, &bits, 4);
+  return sum;
+}
+
+// What a whole warp divides function `rank` of the first product's factor by, so that the product does not
+// exceed its other factor: phi by its sum of magnitudes over the taps, A by the largest one over outputs.
+__device__ __forceinline__ float scale_of(const Lattice& map, const PrepareArguments& p, int64_t rank) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  const int lane = threadIdx.x % 32;
+  float sum = 0.0f;
+  if (p.bands) {
+    const float* basis = p.basis + rank * map.taps();
+    for (int k = lane; k < map.taps(); k += 32) sum += fabsf(basis[k]);
+    for (int m = 16; m > 0; m /= 2) sum += __shfl_xor_sync(kAll, sum, m);
+  } else {
+    for (int i = lane; i < p.norm_rows; i += 32) sum = fmaxf(sum, p.norms[i * p.rank + rank]);
+    for (int m = 16; m > 0; m /= 2) sum = fmaxf(sum, __shfl_xor_sync(kAll, sum, m));
+  }
+  return power_above(sum);
+}
+
 // Number, among a lane's pairs, of that in half `row` of a tile's rows and half `column` of its columns.
 __device__ __forceinline__ int pair_number(bool transposed, int row, int column) {
   return transposed ? column + 2 * row : row + 2 * column;
@@ -65,6 +94,12 @@ __device__ void write_band(const Lattice& map, const PrepareArguments& p, int64_
   const int64_t rank = tile / map.chunks() % p.rank;
   const Residues residue(map, static_cast<int>(tile / map.chunks() / p.rank));
   const float* basis = p.basis + rank * map.taps();
+  float factor = 1.0f;
+  if constexpr (kScaled<N>) {
+    const float scale = scale_of(map, p, rank);
+    factor = 1.0f / scale;
+    if (p.scales && tile == rank * map.chunks() && lane == 0) p.scales[rank] = scale;
+  }
   Tile<N> result;
   unsigned taken = 0;
 #pragma unroll
@@ -78,6 +113,7 @@ __device__ void write_band(const Lattice& map, const PrepareArguments& p, int64_
       const int tap = tap_index(map, residue, l, g + 8 * row);
       taken |= static_cast<unsigned>(tap >= 0) << (2 * m + e);
       value[e] = kZeros || tap < 0 ? 0.0f : basis[tap];
+      if constexpr (kScaled<N>) value[e] *= factor;
     }
     result.m[m] = N::pair(value[0], value[1]);
   }
@@ -139,7 +175,7 @@ __device__ void write_tap(const Lattice& map, const PrepareArguments& p, const M
 // Tile `index` / 32 of the coefficients [groups, in / 16, R, out_tiles]: rows are input channels, columns
 // output channels, zero beyond the last of either.
 template <class N>
-__device__ void write_coefficients(const PrepareArguments& p, int64_t index) {
+__device__ void write_coefficients(const Lattice& map, const PrepareArguments& p, int64_t index) {
   using Element = typename N::Element;
   const int lane = index % 32, g = lane / 4, t = lane % 4;
   int64_t tile = index / 32;
@@ -151,6 +187,12 @@ __device__ void write_coefficients(const PrepareArguments& p, int64_t index) {
   const int64_t group = tile / ceil_div(p.in_channels, 16);
   const Element* source = static_cast<const Element*>(p.coefficients) + group * p.stride_group +
                           rank * p.stride_rank;
+  float factor = 1.0f;
+  if constexpr (kScaled<N>) {
+    const float scale = scale_of(map, p, rank);
+    factor = p.bands ? scale : 1.0f / scale;
+    if (p.scales && out + in + group == 0 && lane == 0) p.scales[rank] = scale;
+  }
   Tile<N> result;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
@@ -160,6 +202,7 @@ __device__ void write_coefficients(const PrepareArguments& p, int64_t index) {
       const int i = in + 2 * t + 8 * (m % 2) + e, o = out + g + 8 * (m / 2);
       const bool present = i < p.in_channels && o < p.out_channels;
       value[e] = present ? ptx::to_float(source[i * p.stride_in + o * p.stride_out]) : 0.0f;
+      if constexpr (kScaled<N>) value[e] *= factor;
     }
     result.m[m] = N::pair(value[0], value[1]);
   }
@@ -185,12 +228,12 @@ __global__ __launch_bounds__(kThreads) void prepare_kernel(
   if (index < band_lanes) {
     write_band<N, kHasMlp>(map, p, index);
   } else if (index < band_lanes + coefficient_lanes) {
-    write_coefficients<N>(p, index - band_lanes);
+    write_coefficients<N>(map, p, index - band_lanes);
   }
 }
 
 template <class N, typename T>
-cudaError_t launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpArguments& mlp,
+Status launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpArguments& mlp,
                            float* computed_basis, cudaStream_t stream) {
   const int64_t bands = static_cast<int64_t>(map.bands()) * p.rank * map.chunks() * 32;
   const int64_t coefficients = static_cast<int64_t>(p.groups) * ceil_div(p.in_channels, 16) *
@@ -200,26 +243,29 @@ cudaError_t launch_prepare(const Lattice& map, const PrepareArguments& p, const 
   const int tap_blocks = std::is_void_v<T> ? 0 : ceil_div(mlp.taps, kWarps);
   const int64_t blocks = tap_blocks + (band_lanes + coefficient_lanes + kThreads - 1) / kThreads;
   const int shared = std::is_void_v<T> ? 0 : kWarps * static_cast<int>(sizeof(Features));
-  return launch(prepare_kernel<N, T>, blocks, kThreads, shared, stream, map, p, mlp, computed_basis,
-                tap_blocks, band_lanes, coefficient_lanes);
+  return launch<prepare_kernel<N, T>>(blocks, kThreads, shared, stream, map, p, mlp, computed_basis,
+                                      tap_blocks, band_lanes, coefficient_lanes);
 }
 
 }  // namespace
 
-cudaError_t prepare(Number number, const Lattice& map, const PrepareArguments& p,
-                    cudaStream_t stream) {
+Status prepare(Number number, const Lattice& map, const PrepareArguments& p,
+               cudaStream_t stream) {
   return with_number(number, [&](auto n) {
     return launch_prepare<decltype(n), void>(map, p, MlpArguments{}, nullptr, stream);
   });
 }
 
-cudaError_t prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& p,
-                             const MlpArguments& mlp, bool wide, float* basis,
-                             cudaStream_t stream) {
-  return with_number(number, [&](auto n) {
+Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& p,
+                        const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream) {
+  return with_number(number, [&](auto n) -> Status {
     using N = decltype(n);
-    return wide ? launch_prepare<N, float>(map, p, mlp, basis, stream)
-                : launch_prepare<N, typename N::Element>(map, p, mlp, basis, stream);
+    if constexpr (kScaled<N>) {
+      return kUnknownPlan;  // no block knows the sum over all taps
+    } else {
+      return wide ? launch_prepare<N, float>(map, p, mlp, basis, stream)
+                  : launch_prepare<N, typename N::Element>(map, p, mlp, basis, stream);
+    }
   });
 }
 

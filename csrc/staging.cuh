@@ -195,7 +195,8 @@ struct Step {
 // copy(s) has brought while the step before was computed. An item's activations are brought by
 // copy_item(item), with its first step; where shared memory holds those of one item only, not before the
 // last item is done. If kBatch is not 0, begin_batch(item) is called before the first step of every kBatch
-// items, in a loop of its own, to which what it does is charged.
+// items, in a loop of its own, to which what it does is charged; and at the end no copy is under way, not even
+// one from before the pipeline where there is no item: shared memory may be used for something else.
 template <int kBatch, class BeginBatch, class CopyItem, class Copy, class Compute>
 __device__ __forceinline__ void pipeline(int begin, int end, int turns, int slices, bool one_item,
                                          const BeginBatch& begin_batch,
@@ -242,6 +243,7 @@ __device__ __forceinline__ void pipeline(int begin, int end, int turns, int slic
       const int stop = min(end, s.item + kBatch);
       while (s.item < stop) take_step();
     }
+    ptx::cp_async_wait_all();
   }
 }
 

@@ -12,9 +12,16 @@
 // 2t + 1 for its k = t + 4.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace hyperconv {
+
+// Whether a format has so few exponents that z or u could overflow where the result does not: `prepare` then
+// scales the two factors of a sum by powers of two, one against the other.
+template <class N>
+constexpr bool kScaled = std::is_same_v<typename N::Element, __half>;
 
 // 16-bit operands, T = __half or __nv_bfloat16.
 template <typename T>

@@ -15,6 +15,22 @@ def output_length(size: int, kernel: int, stride: int, padding: int, dilation: i
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def _meeting_taps(
+    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[int, int]:
+    """(first, last) tap of an axis that meets an input for any output; (0, 0) if none does."""
+
+    def meets(tap: int) -> bool:
+        start = padding - tap * dilation  # output p meets input p * stride - start
+        return max(0, -(-start // stride)) <= min(out - 1, (start + size - 1) // stride)
+
+    least = max(0, -(-(padding - (out - 1) * stride) // dilation))
+    most = min(kernel - 1, (padding + size - 1) // dilation)
+    first = next((tap for tap in range(least, most + 1) if meets(tap)), 0)
+    last = next((tap for tap in range(most, first, -1) if meets(tap)), first)
+    return first, last
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Which input position each (output position, tap) pair reads, in any number of spatial axes.
@@ -22,7 +38,8 @@ class Geometry:
     Output `p` and tap `k` of an axis meet at input `p * stride + k * dilation - padding`; positions
     outside `[0, input_size)` read zero. `padding` is the zeros *before* the first input; how many
     follow the last one is implied by `output_size`, so asymmetric padding (`'same'` with an even
-    kernel) and the output sizes of a transposed convolution need no further field.
+    kernel) and the output sizes of a transposed convolution need no further field. Negative, it is the
+    inputs before the first that is read.
     """
 
     input_size: Ints
@@ -103,6 +120,34 @@ class Geometry:
             groups,
         )
 
+    @cached_property
+    def trimmed(self) -> tuple[Geometry, tuple[slice, ...]] | None:
+        """(the same convolution without the taps that meet no input, the taps left); None: all are.
+
+        Taps are dropped at either end of an axis, all but one. A single tap has no dilation and a single
+        output no stride. What a backend does is therefore bounded by what there is to compute, however
+        large the arguments.
+        """
+        rows = zip(
+            self.input_size,
+            self.output_size,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            strict=True,
+        )
+        axes, window = [], []
+        for size, out, kernel, stride, padding, dilation in rows:
+            first, last = _meeting_taps(size, out, kernel, stride, padding, dilation)
+            spread, step = dilation if last > first else 1, stride if out > 1 else 1
+            axes.append((last - first + 1, step, padding - first * dilation, spread))
+            window.append(slice(first, last + 1))
+        kernel_size, strides, paddings, dilations = zip(*axes, strict=True)
+        arguments = (kernel_size, strides, paddings, dilations, self.groups)
+        geometry = Geometry(self.input_size, self.output_size, *arguments)
+        return None if geometry == self else (geometry, tuple(window))
+
     @property
     def output_padding(self) -> Ints:
         """What `conv_transposeNd` calls so: positions of `input_size` beyond the least that fits."""
@@ -146,6 +191,8 @@ class Geometry:
     @property
     def symmetric(self) -> bool:
         """Whether `F.convNd` with `padding` on both sides gives exactly `output_size`."""
+        if min(self.padding) < 0:
+            return False
         axes = zip(
             self.input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
         )

@@ -45,6 +45,10 @@ def conform(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether `[B, C, *S]` is channels last and every position starts at a multiple of `GRANULE`."""
-    steps = (step for step, size in zip(strides, shape, strict=True) if step != 1 and size > 1)
-    return strides[1] == 1 and all(step % GRANULE == 0 for step in steps)
+    """Whether `[B, C, *S]` is channels last and every position starts at a multiple of `GRANULE`.
+
+    Positions may overlap (`torch.Tensor.unfold`): another axis can have the channels' stride of 1.
+    """
+    axes = zip(strides, shape, strict=True)
+    others = (step for axis, (step, size) in enumerate(axes) if axis != 1 and size > 1)
+    return strides[1] == 1 and all(step % GRANULE == 0 for step in others)

@@ -70,7 +70,8 @@ class Plan:
     """How a problem will be computed.
 
     `tile` is the backend's own frozen choice of block sizes (None for library calls), `seconds` the
-    cost model's estimate that decided.
+    cost model's estimate that decided. `window`: the taps of the caller's kernel that the problem has,
+    None if it has them all (`Geometry.trimmed`).
     """
 
     problem: Problem
@@ -78,3 +79,4 @@ class Plan:
     algorithm: str
     tile: Any
     seconds: float
+    window: tuple[slice, ...] | None = None

@@ -22,12 +22,15 @@ def _mapped(axis: Axis) -> list[tuple[int, int, int]]:
     triples = []
     for phase in range(axis.phases):
         origin, first, live = _phase(axis, phase)
-        assert _phase(axis, phase % axis.modulus)[1:] == (first, live)  # phases share bands
+        assert _phase(axis, phase % axis.bands)[1:] == (first, live)  # phases share bands
         for n in range(axis.tiles * axis.tile):
             for j in range(axis.taps):
-                assert axis.stride * (n % axis.tile) + j < axis.patch
+                place = axis.stride * (n % axis.tile) + j
+                assert place < axis.patch
+                apart = place // axis.stride * axis.jump + place % axis.stride
+                assert apart == axis.jump * (n % axis.tile) + j
                 output = phase + axis.phases * n
-                input = origin + axis.step * (axis.stride * n + j)
+                input = origin + axis.step * (axis.jump * n + j)
                 tap = first + axis.tap_step * j
                 inside = output < axis.out_size and 0 <= input < axis.in_size
                 if live and 0 <= tap < axis.kernel and inside:
@@ -39,19 +42,22 @@ def _mapped(axis: Axis) -> list[tuple[int, int, int]]:
 @given(
     size=st.integers(1, 24),
     kernel=st.integers(1, 8),
-    stride=st.integers(1, 6),
+    stride=st.integers(1, 30),
     dilation=st.integers(1, 6),
     padding=st.integers(0, 7),
     extra=st.integers(0, 2),
     tile=st.sampled_from([1, 4, 16]),
     transposed=st.booleans(),
+    gaps=st.booleans(),
 )
-def test_every_triple_once(size, kernel, stride, dilation, padding, extra, tile, transposed) -> None:
+def test_every_triple_once(
+    size, kernel, stride, dilation, padding, extra, tile, transposed, gaps
+) -> None:
     length = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     assume(length >= 1)
     length += extra  # asymmetric padding
     geometry = Geometry((size,), (length,), (kernel,), (stride,), (padding,), (dilation,), 1)
-    axis = lattice(geometry, 1, transposed, (1, 1, tile)).axes[2]
+    axis = lattice(geometry, 1, transposed, (1, 1, tile), gaps).axes[2]
     meets = [
         (output, tap, output * stride + tap * dilation - padding)
         for output in range(length)
@@ -60,6 +66,13 @@ def test_every_triple_once(size, kernel, stride, dilation, padding, extra, tile,
     inside = [triple for triple in meets if 0 <= triple[2] < size]
     expected = [(q, tap, p) for p, tap, q in inside] if transposed else inside
     assert sorted(_mapped(axis)) == sorted(expected)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(100, 1), (37, 1), (1, 100), (90, 40)])
+def test_patches_of_a_gather_have_no_gaps(stride: int, dilation: int) -> None:
+    """However far apart the outputs of a tile read, at most every (output, tap) is a position."""
+    sparse = Geometry.conv((500, 500), (3, 2), (stride,) * 2, (0, 0), (dilation,) * 2, 1)
+    assert best_lattice(sparse, 1, False, 16).patch <= 16 * sparse.taps
 
 
 def test_dilation_and_stride_cost_nothing() -> None:

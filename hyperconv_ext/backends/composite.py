@@ -1,6 +1,9 @@
 """z = R shared depthwise convolutions, then one GEMM, by library calls: any device, any dtype, no W.
 
 z is R times the input and does travel through memory here; the fused backends exist to avoid that.
+
+In float16, whose range z, its gradient u and the sums of the gradients can exceed where the result does
+not, everything is computed in float32 and the result rounded.
 """
 
 from __future__ import annotations
@@ -37,6 +40,10 @@ def configure(problem: Problem, algorithm: str) -> tuple[None, float]:
     return None, cost.seconds(works(problem), problem.device)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
 def flops(plan: Plan) -> float:
     """Those asked of the library; what its kernels pad is not known."""
     return cost.flops(works(plan.problem))
@@ -48,6 +55,9 @@ def works(problem: Problem) -> list[Work]:
     Also the copies of channels-last activations to planes and back, and of z or u to the channels-last
     layout of the library's tensor-core kernels or from it.
     """
+    if problem.dtype == "float16":
+        wide = works(replace(problem, dtype="float32"))
+        return [*wide, Work(dram=cost.input_bytes(problem) * 3 + cost.output_bytes(problem) * 3)]
     x, y = cost.input_bytes(problem), cost.output_bytes(problem)
     positions = problem.batch * problem.geometry.output_positions
     z = cost.width(problem) * positions * problem.in_channels * problem.rank
@@ -187,10 +197,11 @@ def basis_conv_fwd(
 ) -> Tensor:
     """y `[B, C_out, *S']`."""
     geometry = plan.problem.geometry
-    z = _responses(input, basis, geometry)
-    mixer = _mixer(coefficients, geometry)
-    output = convolution(z, mixer, bias, _pointwise(geometry), geometry.groups)
-    return conform(output, input)
+    z = _responses(_wide(input), basis, geometry)
+    mixer = _mixer(_wide(coefficients), geometry)
+    offset = None if bias is None else _wide(bias)
+    output = convolution(z, mixer, offset, _pointwise(geometry), geometry.groups)
+    return conform(output.to(input.dtype), input)
 
 
 def basis_conv_bwd_input(
@@ -198,27 +209,28 @@ def basis_conv_bwd_input(
 ) -> Tensor:
     """The gradient of x, `[B, C_in, *S]`, plus a bias `[C_in]`."""
     geometry = plan.problem.geometry
-    u = _responses_gradient(grad, coefficients, geometry)
+    u = _responses_gradient(_wide(grad), _wide(coefficients), geometry)
     gradient = _gather(u, _filters(basis, u), geometry)
     gradient = gradient.reshape(grad.shape[0], -1, *geometry.input_size)
     if bias is not None:
         gradient = gradient + bias.view(-1, *(1,) * geometry.dims)
-    return conform(gradient, grad)
+    return conform(gradient.to(grad.dtype), grad)
 
 
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
     """The gradient of A, `[C_out, C_in/groups, R]`."""
     geometry = plan.problem.geometry
-    z = _responses(input, basis, geometry)
+    z = _responses(_wide(input), basis, geometry)
     shape = (grad.shape[1], z.shape[1] // geometry.groups, *(1,) * geometry.dims)
-    gradient = convolution_weight_gradient(grad, z, shape, _pointwise(geometry), geometry.groups)
-    return gradient.reshape(grad.shape[1], -1, basis.shape[0])
+    grid = _pointwise(geometry)
+    gradient = convolution_weight_gradient(_wide(grad), z, shape, grid, geometry.groups)
+    return gradient.reshape(grad.shape[1], -1, basis.shape[0]).to(grad.dtype)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
     """The gradient of phi, `[R, *kernel_size]`, in float32 at least."""
     geometry = plan.problem.geometry
-    u = _responses_gradient(grad, coefficients, geometry)
+    u = _responses_gradient(_wide(grad), _wide(coefficients), geometry)
     shape = (coefficients.shape[2], 1, *geometry.kernel_size)
-    gradient = convolution_weight_gradient(u, _planes(input, geometry), shape, geometry, 1)
+    gradient = convolution_weight_gradient(u, _planes(_wide(input), geometry), shape, geometry, 1)
     return gradient.squeeze(1).to(torch.promote_types(gradient.dtype, torch.float32))

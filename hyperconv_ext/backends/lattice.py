@@ -3,7 +3,7 @@
 Along one axis the outputs that share a residue p mod `phases` form a *phase*. Within a phase, output
 n reads the inputs
 
-    q = origin(phase) + step * (stride * n + j),     j = 0 .. taps - 1,
+    q = origin(phase) + step * (jump * n + j),     j = 0 .. taps - 1,
 
 and meets them with kernel tap  first(phase) + tap_step * j. Dilation has become the distance
 between neighbouring inputs, and the holes of a transposed convolution have become the choice of taps
@@ -11,7 +11,13 @@ between neighbouring inputs, and the holes of a transposed convolution have beco
 gradient differ only in these numbers; the kernels never know which one they compute.
 
 A *tile* is a block of neighbouring outputs of one phase, its *patch* the inputs that they read. The
-tile times the patch is the banded (block Toeplitz) matrix that holds phi where the two meet.
+tile times the patch is the banded (block Toeplitz) matrix that holds phi where the two meet. Output t of
+a tile meets its first tap at patch position stride * t, and position l is the input
+
+    step * (l // stride * jump + l % stride)
+
+after the tile's first. `stride` is `jump`, but where outputs read inputs far apart and the patch leaves
+out those that none of them reads: then it is `taps`.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ class Axis(NamedTuple):
         origin(phase) = (num - tap0 * dilation) // modulus - back
         tap(phase, j) = tap0 + first + tap_step * j,  a tap only if in [0, kernel) and
                         num is a multiple of divisor
+
+    There are no more phases than outputs. Phases that agree modulo `modulus` meet the same taps; the
+    first `bands` of those there are have banded matrices of their own.
     """
 
     out_size: int
@@ -42,6 +51,7 @@ class Axis(NamedTuple):
     tiles: int
     step: int
     stride: int
+    jump: int
     patch: int
     taps: int
     scale: int
@@ -51,18 +61,28 @@ class Axis(NamedTuple):
     residues: int
     dilation: int
     modulus: int
+    bands: int
     back: int
     first: int
     tap_step: int
 
 
 def _forward(
-    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+    size: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    tile: int,
+    gaps: bool,
 ) -> Axis:
     # One tap has no dilation; calling it the stride makes neighbouring outputs read neighbours.
     dilation = stride if kernel == 1 else dilation
     common = gcd(stride, dilation)
-    phases = dilation // common
+    phases = min(dilation // common, out)
+    jump = stride // common
+    neighbour = jump if gaps else min(jump, kernel)
     return Axis(
         out_size=out,
         in_size=size,
@@ -71,8 +91,9 @@ def _forward(
         tile=tile,
         tiles=-(-out // (phases * tile)),
         step=dilation,
-        stride=stride // common,
-        patch=(tile - 1) * (stride // common) + kernel,
+        stride=neighbour,
+        jump=jump,
+        patch=(tile - 1) * neighbour + kernel,
         taps=kernel,
         scale=stride,
         shift=-padding,
@@ -81,6 +102,7 @@ def _forward(
         residues=1,
         dilation=0,
         modulus=1,
+        bands=1,
         back=0,
         first=0,
         tap_step=1,
@@ -88,12 +110,19 @@ def _forward(
 
 
 def _transposed(
-    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, tile: int
+    size: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    tile: int,
+    gaps: bool,
 ) -> Axis:
     # Input p receives from output q through tap k where stride * q = p + padding - dilation * k.
     common = gcd(stride, dilation)
     residues, step = stride // common, dilation // common
-    phases = stride * step
+    phases = min(stride * step, size)
     taps = -(-kernel // residues)
     return Axis(
         out_size=size,
@@ -104,6 +133,7 @@ def _transposed(
         tiles=-(-size // (phases * tile)),
         step=step,
         stride=1,
+        jump=1,
         patch=tile - 1 + taps,
         taps=taps,
         scale=1,
@@ -113,6 +143,7 @@ def _transposed(
         residues=residues,
         dilation=dilation,
         modulus=stride,
+        bands=min(stride, phases),
         back=step * (taps - 1),
         first=residues * (taps - 1),
         tap_step=-residues,
@@ -149,12 +180,21 @@ class Lattice:
     @property
     def bands(self) -> int:
         """Distinct banded matrices: phases that agree modulo the stride share one."""
-        return prod(axis.modulus for axis in self.axes)
+        return prod(axis.bands for axis in self.axes)
 
 
 @lru_cache(maxsize=4096)
-def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, int, int]) -> Lattice:
-    """The row map of a geometry (or of its input gradient) in tiles of the given shape."""
+def lattice(
+    geometry: Geometry,
+    batch: int,
+    transposed: bool,
+    tile: tuple[int, int, int],
+    gaps: bool = True,
+) -> Lattice:
+    """The row map of a geometry (or of its input gradient) in tiles of the given shape.
+
+    `gaps`: patches are boxes, with the inputs that no output reads.
+    """
     lead = 3 - geometry.dims
     build = _transposed if transposed else _forward
     rows = zip(
@@ -167,7 +207,7 @@ def lattice(geometry: Geometry, batch: int, transposed: bool, tile: tuple[int, i
         tile,
         strict=True,
     )
-    depth, height, width = (build(*row) for row in rows)
+    depth, height, width = (build(*row, gaps) for row in rows)
     return Lattice((depth, height, width), batch)
 
 
@@ -181,7 +221,9 @@ def _shapes(positions: int) -> list[tuple[int, int, int]]:
 def best_lattice(geometry: Geometry, batch: int, transposed: bool, positions: int) -> Lattice:
     """The tile shape of `positions` outputs that multiplies least: tiles x patch, padding included.
 
-    Between equals the one longest along the last axis wins: its rows are contiguous in memory.
+    Patches are without gaps. Between equals the one longest along the last axis wins: its rows are
+    contiguous in memory.
     """
-    choices = [lattice(geometry, batch, transposed, shape) for shape in _shapes(positions)]
+    shapes = _shapes(positions)
+    choices = [lattice(geometry, batch, transposed, shape, gaps=False) for shape in shapes]
     return min(choices, key=lambda choice: choice.units * choice.patch)

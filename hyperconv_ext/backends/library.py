@@ -61,6 +61,14 @@ def _explicit_padding(geometry: Geometry) -> list[int]:
     return [p for pair in reversed(list(pairs)) for p in pair]
 
 
+def _pad(tensor: Tensor, padding: list[int]) -> Tensor:
+    """`F.pad` where what is cropped at one end may have been padded at the other."""
+    if min(padding) < 0 < max(padding):
+        tensor = F.pad(tensor, [max(p, 0) for p in padding])
+        padding = [min(p, 0) for p in padding]
+    return F.pad(tensor, padding)
+
+
 def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
     """What `aten::convolution` and its backward take after `bias`."""
     padding = geometry.padding if geometry.symmetric else (0,) * geometry.dims
@@ -73,7 +81,7 @@ def convolution(
 ) -> Tensor:
     """Cross-correlation `[B, C_in, *S]`, `[C_out, C_in/groups, *kernel]` -> `[B, C_out, *S']`."""
     if not geometry.symmetric:
-        input = F.pad(input, _explicit_padding(geometry))
+        input = _pad(input, _explicit_padding(geometry))
     return torch.ops.aten.convolution(input, weight, bias, *_arguments(geometry, groups))
 
 
@@ -97,7 +105,7 @@ def convolution_input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry,
     input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *size)
     gradient = _backward(grad, input, weight, geometry, groups, [True, False, False])[0]
     if not geometry.symmetric:
-        gradient = F.pad(gradient, [-p for p in _explicit_padding(geometry)])
+        gradient = _pad(gradient, [-p for p in _explicit_padding(geometry)])
     return gradient
 
 
@@ -106,7 +114,7 @@ def convolution_weight_gradient(
 ) -> Tensor:
     """Gradient of `convolution` by its weight, of shape `weight_shape`."""
     if not geometry.symmetric:
-        input = F.pad(input, _explicit_padding(geometry))
+        input = _pad(input, _explicit_padding(geometry))
     weight = grad.new_empty(1).expand(weight_shape)
     return _backward(grad, input, weight, geometry, groups, [False, True, False])[1]
 

@@ -13,6 +13,7 @@ autograd rule therefore serves all four, to any order, forward and reverse.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -139,16 +140,21 @@ def _problem(slot: int, described: _Described, geometry: Geometry) -> Problem:
 
 
 def problem_of(slot: int, tensors: Sequence[Tensor], geometry: Geometry) -> Problem:
-    """The numbers of operator `OPS[slot]` on `tensors`, for the planner."""
-    return _problem(slot, _described(slot, tensors), geometry)
+    """The numbers of operator `OPS[slot]`, for the planner: of the taps that meet an input."""
+    trimmed = geometry.trimmed
+    return _problem(slot, _described(slot, tensors), trimmed[0] if trimmed else geometry)
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     slot: int, described: _Described, geometry: Geometry, backend: str, algorithm: str
 ) -> Plan | None:
-    problem = _problem(slot, described, geometry)
-    return None if problem.empty else planner.plan(problem, backend, algorithm)
+    left, window = geometry.trimmed or (geometry, None)
+    problem = _problem(slot, described, left)
+    if problem.empty:
+        return None
+    plan = planner.plan(problem, backend, algorithm)
+    return plan if window is None else replace(plan, window=window)
 
 
 def plan_of(
@@ -183,6 +189,13 @@ def run(
         return output if bias is None else output.add_(bias.view(-1, *(1,) * geometry.dims))
     operator = getattr(backends.BACKENDS[plan.backend], OPS[slot])
     with without_autocast(tensors[0].device):
+        if plan.window is not None:
+            taps = (slice(None), *plan.window)
+            if slot == BASIS:  # the taps that meet no input have no gradient
+                gradient = new_output(slot, tensors, geometry).zero_()
+                gradient[taps] = operator(plan, *tensors)
+                return gradient
+            tensors = (*tensors[:2], tensors[2][taps])
         return operator(plan, *tensors, bias) if slot in BIASED else operator(plan, *tensors)
 
 

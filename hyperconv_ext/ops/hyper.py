@@ -206,7 +206,12 @@ def _computation(
 
 @lru_cache(maxsize=4096)
 def _fused(plan: Plan, shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _Compute | None:
-    """The planned backend's function, if it evaluates an MLP whose weights have these shapes."""
+    """The planned backend's function, if it evaluates an MLP whose weights have these shapes.
+
+    Not where some taps meet no input: phi is that of them all.
+    """
+    if plan.window is not None:
+        return None
     widths = (shapes[0][1], *(shape[0] for shape in shapes))
     engine = mlp_operators.engine(widths, dtype, plan.problem.device, plan.backend)
     return None if engine is None else partial(_run, engine, plan)
@@ -255,8 +260,9 @@ def _kernel(
     slot, tensors, geometry = slot_of(transposed), (input, coefficients), geometry_of(spelled)
     plan = plan_of(slot, tensors, geometry, *spelled[-2:])
     mlp = (coordinates, weights, biases, activation)
-    if plan is not None and mlp_operators.engine_of(coordinates, weights, plan.backend) is not None:
-        return _run(backends.BACKENDS[plan.backend], plan, *tensors, *mlp, bias)
+    whole = plan if plan is not None and plan.window is None else None
+    if whole and mlp_operators.engine_of(coordinates, weights, whole.backend) is not None:
+        return _run(backends.BACKENDS[whole.backend], whole, *tensors, *mlp, bias)
     constant = coefficients.shape[2] > weights[-1].shape[0]
     basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp, constant, spelled[-2])
     shaped = basis.view(-1, *geometry.kernel_size)

@@ -119,7 +119,7 @@ struct Block {
 // One launch at a time; each uses all of this.
 std::mutex launching;
 std::map<const void*, size_t> allowed_shared_bytes;
-uint64_t launches = 0;
+uint64_t launches = 0, attribute_calls = 0;
 Random rng(0);
 Block block;
 Fiber launcher;
@@ -490,6 +490,8 @@ int launch(const Launch& launch) {
                                               " are allowed"));
   }
   read_environment();
+  const char* refuse = std::getenv("HYPERCONV_HOST_REFUSE");
+  if (refuse != nullptr) return report(static_cast<cudaError_t>(std::atoi(refuse)), "refused as told");
   const char* execute = std::getenv("HYPERCONV_HOST_EXECUTE");
   if (execute != nullptr && std::strcmp(execute, "0") == 0) return cudaSuccess;
   try {
@@ -507,6 +509,7 @@ int allow_shared_bytes(const void* kernel, int bytes) {
                                               kSharedAtMost));
   }
   const std::lock_guard<std::mutex> lock(launching);
+  ++attribute_calls;
   allowed_shared_bytes[kernel] = std::max<size_t>(bytes, kSharedByDefault);
   return cudaSuccess;
 }
@@ -600,7 +603,22 @@ cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
   return cudaSuccess;
 }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = hyperconv_host::kSharedAtMost;
+  return cudaSuccess;
+}
 
+// Leaves an error behind, as a call of other code would.
+extern "C" __attribute__((visibility("default"))) void hyperconv_host_leave_error(int error) {
+  hyperconv_host::last_error = static_cast<cudaError_t>(error);
+}
+extern "C" __attribute__((visibility("default"))) int hyperconv_host_last_error() {
+  return cudaGetLastError();
+}
+// How often a kernel's shared memory was allowed.
+extern "C" __attribute__((visibility("default"))) uint64_t hyperconv_host_attribute_calls() {
+  return hyperconv_host::attribute_calls;
+}
 // Launches so far, executed or not.
 extern "C" __attribute__((visibility("default"))) uint64_t hyperconv_host_launches() {
   return hyperconv_host::launches;

@@ -22,6 +22,7 @@
 //   HYPERCONV_HOST_SEED=n        the schedule's seed (default 0), to which the launches so far are added
 //   HYPERCONV_HOST_SKIP=file:n   the __syncthreads() in line n of that file does nothing
 //   HYPERCONV_HOST_EXECUTE=0     launches are checked and counted, and leave their output as it was
+//   HYPERCONV_HOST_REFUSE=n      launches fail with the cudaError_t n, as those of a driver can
 #pragma once
 
 #include <cstddef>

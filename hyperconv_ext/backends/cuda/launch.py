@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layout import new_activation
 from ...problem import Plan
 from ..reference import ACTIVATIONS, LEAKY_SLOPE
+from ..scaling import scale_norms
 from ..shares import total
 from .tiles import basis_pieces, channels, map_of, shares
 
@@ -29,7 +30,7 @@ class _Fixed:
     """What the launches of a plan take that does not depend on its tensors."""
 
     numbers: Tensor  # int32, what `parse_plan` in csrc/library.cpp reads
-    workspace: int  # elements for the bands and the rearranged coefficients
+    workspace: int  # elements for the bands, the rearranged coefficients, and what float16 is scaled by
     shares: int
     atomic: bool
     pieces: int
@@ -50,9 +51,11 @@ def _fixed_of(plan: Plan) -> _Fixed:
     if kernel.family != "coefficient_gradient":
         packed = problem.geometry.groups * tiles_i * tiles_o
     choice = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
+    sums = kernel.family != "basis_conv" and problem.dtype == "float16"
+    scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums else 0
     return _Fixed(
         torch.tensor([*map.numbers, *choice, tile.shared_bytes], dtype=torch.int32, device="cpu"),
-        (bands + packed) * problem.rank * _TILE,
+        (bands + packed) * problem.rank * _TILE + scales,
         *shares(problem, tile),
         basis_pieces(map),
     )
@@ -60,6 +63,16 @@ def _fixed_of(plan: Plan) -> _Fixed:
 
 def _float(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
+
+
+def _layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """An MLP's parameters as the kernels read them: all of `dtype`, or else all in float32."""
+    for tensor in (*weights, *biases):
+        if tensor.dtype != dtype:
+            return [_float(weight) for weight in weights], [_float(bias) for bias in biases]
+    return [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
 
 
 def _output(plan: Plan, source: Tensor) -> Tensor:
@@ -120,19 +133,20 @@ def hyper_conv_fwd(
     activation: str,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(the result of the plan's operator, phi `[R, K]` in float32): two launches."""
+    """(the result of the plan's operator, phi `[R, K]` in float32): two launches, in float16 three."""
     problem, fixed = plan.problem, _fixed_of(plan)
+    if problem.dtype == "float16":  # phi is scaled by sums over all taps, which must be there first
+        constant = problem.rank > weights[-1].shape[0]
+        basis = coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
+        return _convolve(plan, input, coefficients, basis, bias), basis
     output = _output(plan, input)
     basis = coordinates.new_empty((problem.rank, problem.geometry.taps), dtype=torch.float32)
-    if weights[0].dtype != input.dtype:  # the kernel reads float32 or the operands' type
-        weights, biases = [w.float() for w in weights], [b.float() for b in biases]
     _launch(
         "hyper_conv_fwd",
         input,
         coefficients,
         _float(coordinates),
-        _contiguous(weights),
-        _contiguous(biases),
+        *_layers(weights, biases, input.dtype),
         _bias(bias, input),
         output,
         basis,
@@ -191,6 +205,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         grad,
         input,
         coefficients,
+        scale_norms(coefficients, geometry.groups) if problem.dtype == "float16" else None,
         partial,
         input.new_empty(fixed.workspace),
         fixed.numbers,
@@ -204,14 +219,10 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     return (partial if fixed.atomic else total(partial)).view(rank, *geometry.kernel_size)
 
 
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
-
-
 def coordinate_mlp_fwd(
     coordinates: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     activation: str,
     constant: bool,
 ) -> Tensor:
@@ -221,8 +232,7 @@ def coordinate_mlp_fwd(
     _launch(
         "coordinate_mlp_fwd",
         _float(coordinates),
-        _contiguous(weights),
-        _contiguous(biases),
+        *_layers(weights, biases, weights[0].dtype),
         basis,
         _ACTIVATIONS.index(activation),
         LEAKY_SLOPE,
@@ -239,17 +249,17 @@ def coordinate_mlp_bwd(
     activation: str,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, in one launch."""
-    weight_gradients = [weight.new_empty(weight.shape) for weight in weights]
-    bias_gradients = [bias.new_empty(bias.shape) for bias in biases]
+    kernels, offsets = _layers(weights, biases, weights[0].dtype)
+    gradients = [[tensor.new_empty(tensor.shape) for tensor in layer] for layer in (kernels, offsets)]
     _launch(
         "coordinate_mlp_bwd",
         _float(grad),
         _float(coordinates),
-        _contiguous(weights),
-        _contiguous(biases),
-        weight_gradients,
-        bias_gradients,
+        kernels,
+        offsets,
+        *gradients,
         _ACTIVATIONS.index(activation),
         LEAKY_SLOPE,
     )
-    return [*weight_gradients, *bias_gradients]
+    pairs = zip((*gradients[0], *gradients[1]), (*weights, *biases), strict=True)
+    return [gradient.to(parameter.dtype) for gradient, parameter in pairs]

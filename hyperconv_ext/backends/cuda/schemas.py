@@ -14,8 +14,9 @@ SCHEMAS = (
     f"Tensor(c!) workspace, int activation, float slope, {_LAUNCH}, bool transposed, {_MODE}) -> ()",
     "basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor(a!) partial, "
     f"Tensor(b!) workspace, {_LAUNCH}, int splits, bool atomic, {_MODE}) -> ()",
-    "basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor(a!) partial, "
-    f"Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, bool atomic, {_MODE}) -> ()",
+    "basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor? norms, "
+    f"Tensor(a!) partial, Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, bool atomic, "
+    f"{_MODE}) -> ()",
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, Tensor(a!) basis, "
     "int activation, float slope, bool constant) -> ()",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "

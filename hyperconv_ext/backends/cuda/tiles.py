@@ -173,6 +173,7 @@ def _fields(axis: Axis) -> tuple[int, ...]:
         axis.residues,
         axis.dilation,
         axis.modulus,
+        axis.bands,
         axis.back,
         axis.first,
         axis.tap_step,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...layout import new_activation
 from ...problem import Plan
 from ..lattice import Lattice
+from ..scaling import scale_norms
 from ..shares import total
 from .kernels.conv import basis_kernel, direct_kernel
 from .kernels.gradients import basis_gradient_kernel, coefficients_kernel
@@ -31,6 +33,7 @@ from .tiles import (
 
 _PACK = 32  # channels per side of the blocks in which coefficients are rearranged
 _BAND = 64  # patch positions per program that writes bands
+_SUM = 256  # numbers per step of the sums by which float16 is scaled
 
 # Registers per thread, stated because ptxas otherwise spills a few to reach a rounder number of blocks
 # per multiprocessor.
@@ -108,6 +111,17 @@ class _Workspace:
     bands: Tensor | None  # [bands, R, positions, patch_size]
     packed: Tensor | None  # [groups, R, in, out]; direct: [groups, in, out, padded R]
     basis: Tensor | None  # float32 [R, K], if an MLP computed it
+    scales: Tensor | None  # float32 [R], by which a gradient's sums are multiplied
+
+
+def _codes(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Integers as `prepare_kernel` takes them: never 1, nor a multiple of 16."""
+    return tuple([4 * number + 3 for number in numbers])
+
+
+@lru_cache(maxsize=4096)
+def _axis_codes(lattice: Lattice) -> tuple[tuple[int, ...], ...]:
+    return tuple(_codes(axis) for axis in lattice.axes)
 
 
 def _prepare(
@@ -129,8 +143,11 @@ def _prepare(
     band_block = _BAND if patch_size % _BAND == 0 else PATCH_GRANULE
     rows = like.new_empty(HEADER.value + 4 * lattice.phases, dtype=torch.int32)
     table = like.new_empty((3, patch_size), dtype=torch.int32)
-    bands = packed = given = network = computed = None
-    band_programs = pack_programs = 0
+    bands = packed = given = network = computed = norms = scales = None
+    band_programs = pack_programs = norm_rows = 0
+    scaled = problem.dtype == "float16" and not direct
+    if scaled and (basis is None or coefficients is None):
+        scales = like.new_empty(rank, dtype=torch.float32)
     if basis is not None:
         shape = (lattice.bands, rank, tile.positions, patch_size)
         bands = like.new_empty(shape, dtype=torch.float32 if direct else like.dtype)
@@ -141,7 +158,7 @@ def _prepare(
     elif basis is not None:
         given = basis.contiguous()
     sizes = (0, 0, 0)
-    source = target = (0, 0, 0, 0)
+    source = (0, 0, 0, 0)
     if coefficients is not None:
         out_channels, group_in, _ = coefficients.shape
         stride_o, stride_i, stride_r = coefficients.stride()
@@ -150,13 +167,12 @@ def _prepare(
         if transposed:
             size_i, size_o, stride_i, stride_o = size_o, size_i, stride_o, stride_i
         packed_rank = tile.rank if direct else rank
-        plane = size_i * size_o
-        packed = like.new_empty(groups * packed_rank * plane)
+        packed = like.new_empty(groups * packed_rank * size_i * size_o)
         sizes = (size_i, size_o, packed_rank)
         source = (stride_g, stride_r, stride_i, stride_o)
-        target = (packed_rank * plane, plane, size_o, 1)
-        if direct:
-            target = (packed_rank * plane, 1, size_o * packed_rank, packed_rank)
+        if scaled and basis is None:
+            norms = scale_norms(coefficients, groups)
+            norm_rows = groups * group_in
         pack_programs = groups * packed_rank * -(-size_i // _PACK) * -(-size_o // _PACK)
     row_programs = round_up(max(lattice.phases, patch_size), _BAND) // _BAND
     tap_programs = network.programs if network else 0
@@ -166,20 +182,22 @@ def _prepare(
         given,
         network.operands if network else None,
         computed,
+        norms,
+        scales,
         bands,
         rows,
         table,
         coefficients,
         packed,
-        lattice.axes,
+        _axis_codes(lattice),
         tap_programs,
         band_programs,
         row_programs,
+        norm_rows,
         rank,
         patch_size,
-        source,
-        target,
-        sizes,
+        _codes(source),
+        _codes(sizes),
         widths=network.widths if network else (),
         activation=network.activation if network else "",
         TP=tile.positions,
@@ -188,9 +206,12 @@ def _prepare(
         BP=_PACK,
         BW=network.block if network else 0,
         BK=_TAPS,
+        BS=_SUM,
+        SCALED=scaled,
+        DIRECT=direct,
         num_warps=network.warps if network else 4,
     )
-    return _Workspace(rows, table, patch_size, bands, packed, computed)
+    return _Workspace(rows, table, patch_size, bands, packed, computed, scales)
 
 
 def _precision(tile: Tile) -> str:
@@ -237,7 +258,7 @@ def _convolve(
         source,
         workspace.bands,
         workspace.packed,
-        bias,
+        None if bias is None else bias.contiguous(),
         output,
         workspace.rows,
         workspace.table,
@@ -306,7 +327,12 @@ def hyper_conv_fwd(
     activation: str,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(the result of the plan's operator, phi `[R, K]` in float32): two launches."""
+    """(the result of the plan's operator, phi `[R, K]` in float32): two launches, in float16 three."""
+    if plan.problem.dtype == "float16" and plan.tile.kernel != "direct":
+        # phi is scaled by sums over all taps, which must be there first.
+        constant = plan.problem.rank > weights[-1].shape[0]
+        given = coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
+        return _convolve(plan, input, coefficients, given, bias)[0], given
     network = _Network.of(coordinates, weights, biases, activation)
     output, basis = _convolve(plan, input, coefficients, network, bias)
     return output, cast("Tensor", basis)
@@ -336,6 +362,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         grad,
         input,
         workspace.bands,
+        workspace.scales,
         partial,
         workspace.rows,
         workspace.table,
@@ -379,6 +406,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         grad,
         input,
         workspace.packed,
+        workspace.scales,
         partial,
         workspace.rows,
         workspace.table,
@@ -403,8 +431,8 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
 
 def coordinate_mlp_fwd(
     coordinates: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     activation: str,
     constant: bool,
 ) -> Tensor:

@@ -28,6 +28,7 @@ def coefficients_kernel(
     g,  # [B, C_out, D', H', W'], any strides
     x,  # [B, C_in, D, H, W], any strides
     bands,  # [bands, R, TP, patch_size]
+    scales,  # float32 [R] that the sums are multiplied by, or None
     partial,  # float32 [splits, C_out, C_in/groups, R], or [C_out, C_in/groups, R] if ATOMIC
     rows,
     table,
@@ -107,6 +108,8 @@ def coefficients_kernel(
         z = tl.reshape(z.to(x.dtype.element_ty), (U * TP, BC))
         acc = tl.dot(tl.trans(grad), z, acc, input_precision=PRECISION)
 
+    if scales is not None:
+        acc = acc * tl.load(scales + r)
     channel = group.to(tl.int64) * size_o + o.to(tl.int64)
     address = (channel[:, None] * size_i + i[None, :]) * rank + r
     valid = (o < size_o)[:, None] & (i < size_i)[None, :]
@@ -132,6 +135,7 @@ def basis_gradient_kernel(
     g,  # [B, C_out, D', H', W'], any strides
     x,  # [B, C_in, D, H, W], any strides
     packed,  # [groups, R, C_out/groups, C_in/groups]
+    scales,  # float32 [R] that the sums are multiplied by, or None
     partial,  # float32 [splits, patch chunks, R, K]; [R, K], zeros, if ATOMIC
     rows,
     table,
@@ -216,6 +220,8 @@ def basis_gradient_kernel(
         acc = tl.dot(u_tile, tl.permute(patch, (0, 2, 1)), acc, input_precision=PRECISION)
 
     band = tl.sum(acc, axis=0)  # [TP, BP]
+    if scales is not None:
+        band = band * tl.load(scales + r)
     t = tl.arange(0, TP)
     taps = axes[0].kernel * axes[1].kernel * axes[2].kernel
     t_w = t % axes[2].tile
