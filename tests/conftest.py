@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         reason = WHY_NOT.get(parameters.get("backend"))
-        if reason and "device" in item.fixturenames:
+        if reason and "device" in set(item.fixturenames) - set(parameters):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
