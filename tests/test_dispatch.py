@@ -117,13 +117,13 @@ def test_who_needs_the_dispatcher(device) -> None:
 
 @every_backend
 @pytest.mark.parametrize("kind", [HyperConv2d, HyperConvTranspose2d])
-def test_meta_tensors(backend: str, kind: type[HyperConv2d]) -> None:
+def test_meta_tensors(backend: str, kind: type[HyperConv2d], device) -> None:
     """Shapes, strides and dtypes alone, from a backend that computes nothing there."""
-    layer = kind(4, 6, 3, stride=2, backend=backend)
-    input = torch.randn(2, 4, 7, 6).contiguous(memory_format=torch.channels_last)
-    expected = kind(4, 6, 3, stride=2, backend="reference")(input)
+    layer = kind(4, 6, 3, stride=2, backend=backend, device=device)
+    input = torch.randn(2, 4, 7, 6, device=device).contiguous(memory_format=torch.channels_last)
+    expected = layer(input)
     output = layer.to("meta")(input.to("meta"))
-    assert output.is_meta and output.shape == expected.shape
+    assert output.is_meta and output.shape == expected.shape and output.dtype == expected.dtype
     if backend != "reference":  # whose layout is PyTorch's own choice for the device
         assert output.stride() == expected.stride()
     output.sum().backward()

@@ -67,11 +67,11 @@ def test_reference_counts_itself(device) -> None:
 
 
 @every_backend
-def test_fake_tensors(backend: str) -> None:
+def test_fake_tensors(backend: str, device) -> None:
     """Counted without computing, and of a GPU that is not here."""
-    for device in ("cpu", "cuda"):
+    for place in (device, "cuda"):
         with FakeTensorMode():
-            layer, input = _layer(backend, device)
+            layer, input = _layer(backend, place)
             counted = _counted(layer, input)
         assert sum(counted.values()) > MLP
 
