@@ -11,6 +11,7 @@ from .modules import (
     HyperConvTranspose2d,
     HyperConvTranspose3d,
 )
+from .optim import parameter_groups
 from .planner import PlanError
 from .report import explain
 
@@ -26,4 +27,5 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "parameter_groups",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner
-from .backends.reference import ACTIVATIONS
+from .backends import reference
 from .checks import (
     Meta,
     check_coordinates,
@@ -29,8 +29,8 @@ from .checks import (
     per_axis,
 )
 from .geometry import Geometry
-from .hypernet import tap_coordinates
 from .memory import remembered
+from .taps import check_coordinate_name, taps_beside
 
 Padding = int | Sequence[int] | str
 
@@ -102,16 +102,34 @@ def convolve(
         known: Meta | _Network = _Network.of(kernel)
     else:
         known = meta("basis", kernel)
-    same_dtype = not torch.is_autocast_enabled(sizes.device.type)
+    device = sizes.device.type
+    same_dtype = device == "meta" or not torch.is_autocast_enabled(device)
     operands = (dims, sizes, columns, known, kernel_size, offsets, spaces, groups)
     geometry = _checked(*operands, backend, algorithm, transposed, same_dtype)
     batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)
     rest = (bias, geometry, backend, algorithm, transposed)
-    if isinstance(kernel, ops.Mlp):
+    if device == "meta":  # nothing is computed, so no backend is asked
+        output = _without_numbers(batched, coefficients, kernel, bias, geometry, transposed)
+    elif isinstance(kernel, ops.Mlp):
         output = ops.hyper_conv(batched, coefficients, kernel, *rest)
     else:
         output = ops.basis_conv(batched, coefficients, kernel, *rest)
     return output if batched is input else output.squeeze(0)
+
+
+def _without_numbers(
+    input: Tensor,
+    coefficients: Tensor,
+    kernel: Kernel,
+    bias: Tensor | None,
+    geometry: Geometry,
+    transposed: bool,
+) -> Tensor:
+    """The output on the device meta: of the right sizes, and recorded for backward."""
+    if isinstance(kernel, ops.Mlp):
+        constant = coefficients.shape[-1] > kernel.features
+        kernel = reference.coordinate_mlp(*kernel, constant).view(-1, *geometry.kernel_size)
+    return reference.basis_conv(input, coefficients, kernel, bias, geometry, transposed)
 
 
 def basis_conv(
@@ -166,7 +184,7 @@ def _mlp(
 ) -> tuple[ops.Mlp, tuple[int, ...]]:
     """A coordinate MLP, checked, and its kernel size."""
     size = per_axis("kernel_size", kernel_size, dims, 1)
-    check_name("activation", activation, tuple(ACTIVATIONS))
+    check_name("activation", activation, tuple(reference.ACTIVATIONS))
     like, columns = meta("input", input), meta("coefficients", coefficients)
     check_tensor("input", like)
     check_tensor("coefficients", columns, like.device)
@@ -178,8 +196,8 @@ def _mlp(
             f"(and a bias), got {list(columns.shape)}; match them"
         )
     if isinstance(coordinates, str):
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        coordinates = tap_coordinates(size, coordinates, like.device, dtype)
+        check_coordinate_name(coordinates)
+        coordinates = taps_beside(weights[0], size, coordinates, (1.0,) * dims)
     check_coordinates(meta("coordinates", coordinates), size, like)
     return ops.Mlp(coordinates, weights, biases, activation), size
 
@@ -275,9 +293,8 @@ _HYPER = """{dims}-D hyper-convolution: `{base}` whose basis is a coordinate MLP
         kernel_size: an integer, or ({kernel}).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
-        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`, made anew at every call;
-            or the coordinates themselves, `[K, {dims}]`, K the number of taps, the kernel's last axis
-            fastest.
+        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
+            themselves, `[K, {dims}]`, K the number of taps, the kernel's last axis fastest.
 
     All other arguments, the result and the errors are those of `{base}`.
     """
