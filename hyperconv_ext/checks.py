@@ -34,6 +34,10 @@ def meta(name: str, tensor: object) -> Meta:
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
         )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; convert it with .to_padded_tensor()"
+        )
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name}: expected a dense tensor, got layout {tensor.layout}; convert it with .to_dense()"
@@ -169,6 +173,16 @@ def check_tensor(name: str, tensor: Meta, device: torch.device | None = None) ->
         )
 
 
+def check_input(dims: int, input: Meta) -> None:
+    """Raise unless `input` is one of a convolution with `dims` spatial axes."""
+    check_tensor("input", input)
+    if len(input.shape) not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
+            f"got {_shape(input)}; add or remove axes"
+        )
+
+
 def check_tensors(
     dims: int,
     input: Meta,
@@ -180,15 +194,10 @@ def check_tensors(
     same_dtype: bool,
 ) -> None:
     """Raise unless the operands of a convolution with `dims` spatial axes fit each other."""
-    check_tensor("input", input)
+    check_input(dims, input)
     named = {"coefficients": coefficients, "basis": basis} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         check_tensor(name, tensor, input.device)
-    if len(input.shape) not in (dims + 1, dims + 2):
-        raise ValueError(
-            f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
-            f"got {_shape(input)}; add or remove axes"
-        )
     groups = check_groups(groups)
     first, second = ("C_in", "C_out") if transposed else ("C_out", "C_in")
     if len(coefficients.shape) != 3 or coefficients.shape[0] % groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 
 from . import ops
 from .backends.reference import ACTIVATIONS
-from .checks import check_dtype, integer
+from .checks import check_dtype, integer, integers
 from .ops.registry import without_autocast
 from .taps import COORDINATES, tap_coordinates
 
@@ -42,9 +42,11 @@ def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), default)
 
 
-def _calls_forward_only(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether a call of `module` is this function of its class and nothing else: no hooks either."""
-    return type(module).forward is forward and not (
+def _calls_forward_only(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of `module` is the forward of `cls` and nothing else: no hooks either."""
+    kind = type(module)
+    own = kind is cls or (kind.forward is cls.forward and kind.__call__ is cls.__call__)
+    return own and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -157,15 +159,14 @@ class CoordinateMLP(nn.Module):
 
         It is asked at every step of every layer, and so reads what nn.Module keeps directly.
         """
-        if not _calls_forward_only(self, CoordinateMLP.forward) or not self._layers_are_ours():
+        if not _calls_forward_only(self, CoordinateMLP) or not self._layers_are_ours():
             return None
         return self._layer_parameters()
 
     def _layers_are_ours(self) -> bool:
         layers: Any = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
-        forward = MLPLayer.forward
         for layer in layers:
-            if not _calls_forward_only(layer, forward):
+            if not _calls_forward_only(layer, MLPLayer):
                 return False
         return not (
             module_hooks._global_forward_hooks
@@ -213,7 +214,11 @@ class CoordinateMLP(nn.Module):
 
 
 def _widths(in_features: int, hidden_features: Sequence[int], num_features: int) -> tuple[int, ...]:
-    hidden = [integer("hidden_features", width) for width in hidden_features]
+    hidden = integers(hidden_features)
+    if hidden is None:
+        raise TypeError(
+            f"hidden_features: expected integers, got {hidden_features!r}; pass one per hidden layer"
+        )
     last = integer("num_features", num_features)
     widths = (integer("in_features", in_features), *hidden, last)
     if min(widths) < 1:

@@ -18,6 +18,7 @@ from ..checks import (
     axis_padding,
     check_dtype,
     check_groups,
+    check_input,
     check_name,
     check_tensor,
     integer,
@@ -314,13 +315,9 @@ class HyperConvNd(nn.Module, ABC):
     def _convolve(self, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
         """The layer's output for the padded `input`; `spaces` as `functional.convolve` takes them."""
         last = self._channels_last and self._weight_would_be_channels_last()
-        batched = input
-        if last:
-            batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
-            batched = layout.as_channels_last(batched)
         output = functional.convolve(
             self.dims,
-            batched,
+            self._batched(input) if last else input,
             *self._operands(),
             self.kernel_size,
             self.bias,
@@ -334,6 +331,14 @@ class HyperConvNd(nn.Module, ABC):
             output = layout.as_channels_last(output)
             return output if input.dim() == output.dim() else output.squeeze(0)
         return output
+
+    def _batched(self, input: Tensor) -> Tensor:
+        """`input` with a batch axis, and channels last if the layer is."""
+        check_input(self.dims, meta("input", input))
+        batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
+        if self._channels_last and self._weight_would_be_channels_last():
+            return layout.as_channels_last(batched)
+        return batched
 
     def _weight_would_be_channels_last(self) -> bool:
         """Whether nn.ConvNd's weight, once converted, would make the output channels last."""

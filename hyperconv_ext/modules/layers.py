@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..checks import conv_geometry, conv_transpose_geometry, meta, output_padding_for
+from ..checks import check_input, conv_geometry, conv_transpose_geometry, meta, output_padding_for
 from ..geometry import Geometry
 from .base import HyperConvNd
 from .tracing import call_in_trace
@@ -69,6 +69,7 @@ class _HyperConv(HyperConvNd):
         """The input padded by a mode other than zeros, and the padding left for the convolution."""
         if self.padding_mode == "zeros":
             return input, self.padding
+        check_input(self.dims, meta("input", input))
         geometry = Geometry.conv(
             self.kernel_size,
             self.kernel_size,
@@ -91,7 +92,7 @@ class _HyperConv(HyperConvNd):
 
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
         padded, padding = self._padded(input)
-        batched = padded if padded.dim() == self.dims + 2 else padded.unsqueeze(0)
+        batched = self._batched(padded)
         arguments = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
         return batched, conv_geometry(meta("input", batched), *arguments)
 
@@ -164,7 +165,7 @@ class _HyperConvTranspose(HyperConvNd):
         return self._convolve(input, (self.stride, self.padding, extra, self.dilation))
 
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
-        batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
+        batched = self._batched(input)
         return batched, conv_transpose_geometry(
             meta("input", batched),
             self.kernel_size,
