@@ -1,6 +1,7 @@
-"""The six layers: nn.ConvNd's arguments in nn.ConvNd's order, then the hyper-network's."""
+"""The six layers: nn.ConvNd's arguments in nn.ConvNd's order, then the hyper-network's.
 
-from __future__ import annotations
+Annotations are evaluated, as those of torch.nn are: traced graphs take the types of inputs from them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
