@@ -12,7 +12,14 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
-from hyperconv_ext import CoordinateMLP, HyperConv1d, HyperConv2d, HyperConvTranspose2d, parameter_groups
+from hyperconv_ext import (
+    CoordinateMLP,
+    HyperConv1d,
+    HyperConv2d,
+    HyperConvTranspose2d,
+    explain,
+    parameter_groups,
+)
 
 from .conftest import FUSED, precision_of_the_framework
 
@@ -66,6 +73,13 @@ def test_what_hooks_return_counts(backend: str, device) -> None:
     layer.hypernet.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     assert not torch.allclose(layer(input), before)
     _check(layer, input)
+
+
+def test_explain_says_who_evaluates_the_network(device) -> None:
+    layer = HyperConv2d(2, 3, 2, backend="composite", device=device)
+    assert "CoordinateMLP, run by PyTorch" not in explain(layer, _input(device))
+    layer.hypernet.layers[0].register_forward_hook(lambda *_: None)
+    assert "CoordinateMLP, run by PyTorch as the module it is" in explain(layer, _input(device))
 
 
 @every_backend
