@@ -150,12 +150,11 @@ def check_groups(groups: Any) -> int:
     """`groups`, if it is a positive integer.
 
     Raises:
-        TypeError, ValueError: it is not.
+        ValueError: it is none.
     """
     number = _index(groups)
     if number is None or number < 1:
-        error = TypeError if number is None else ValueError
-        raise error(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
     return number
 
 
