@@ -62,6 +62,8 @@ def _index(value: Any) -> int | None:
     """`value` as Python's or a symbolic integer; None if it is no integer. A bool is none."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    if not hasattr(value, "__index__"):  # asked first, since no trace survives the error of index()
+        return None
     if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() > 0):
         return None
     try:
