@@ -12,6 +12,7 @@ from .modules import (
     HyperConvTranspose3d,
 )
 from .ops import keep_operators
+from .optim import parameter_groups
 from .planner import PlanError
 from .report import explain
 
@@ -28,4 +29,5 @@ __all__ = [
     "explain",
     "functional",
     "keep_operators",
+    "parameter_groups",
 ]

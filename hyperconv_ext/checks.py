@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Meta(NamedTuple):
 
 
 def meta(name: str, tensor: object) -> Meta:
-    """The `Meta` of what must be a tensor.
+    """The `Meta` of what must be a dense tensor.
 
     Raises:
         TypeError: it is none.
@@ -32,6 +33,14 @@ def meta(name: str, tensor: object) -> Meta:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; convert it with .to_padded_tensor()"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert it with .to_dense()"
         )
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
@@ -41,21 +50,69 @@ def metas(name: str, tensors: Sequence[object]) -> list[Meta]:
     return [meta(f"{name}[{index}]", tensor) for index, tensor in enumerate(tensors)]
 
 
+def check_dtype(name: str, dtype: object) -> None:
+    """Raise TypeError unless `dtype` is one of those computed in, or None."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, float64, float16 or bfloat16, got {dtype}; pass one of these"
+        )
+
+
+def _index(value: Any) -> int | None:
+    """`value` as Python's or a symbolic integer; None if it is no integer. A bool is none."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    if not hasattr(value, "__index__"):  # asked first, since no trace survives the error of index()
+        return None
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() > 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """`value`, an integer of Python, NumPy or a tensor without axes.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is below `minimum`.
+    """
+    expected = "an integer" if minimum is None else f"an integer of at least {minimum}"
+    number = _index(value)
+    if number is None:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}; pass an integer")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}; pass {minimum} or more")
+    return number
+
+
+def integers(value: Any) -> tuple[int, ...] | None:
+    """The integers that `value` consists of, as Python's; None if it is no collection of integers."""
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        return None
+    if isinstance(value, Tensor) and value.dim() != 1:
+        return None
+    numbers = [_index(v) for v in value]
+    return None if None in numbers else tuple(numbers)  # type: ignore[arg-type]
+
+
 def per_axis(name: str, value: int | Sequence[int], dims: int, minimum: int) -> tuple[int, ...]:
     """`value` as one integer per axis.
 
     Raises:
-        TypeError: not an integer or a sequence of integers.
+        TypeError: not an integer or a collection of integers.
         ValueError: the wrong number of them, or one below `minimum`.
     """
     expected = f"an integer or {dims} of them, each at least {minimum}"
-    values = (value,) * dims if isinstance(value, int) else value
-    numbers = isinstance(values, Sequence) and all(isinstance(v, int) for v in values)
-    if not numbers or isinstance(values, str):
+    number = _index(value)
+    values = (number,) * dims if number is not None else integers(value)
+    if values is None:
         raise TypeError(f"{name}: expected {expected}, got {value!r}; pass integers")
     if len(values) != dims or min(values) < minimum:
         raise ValueError(f"{name}: expected {expected}, got {value!r}; pass {dims} in range")
-    return tuple(values)
+    return values
 
 
 def axis_padding(
@@ -91,10 +148,16 @@ def _shape(tensor: Meta) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 
 
-def check_groups(groups: int) -> None:
-    """Raise ValueError unless `groups` is a positive integer."""
-    if not isinstance(groups, int) or groups < 1:
+def check_groups(groups: Any) -> int:
+    """`groups`, if it is a positive integer.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = _index(groups)
+    if number is None or number < 1:
         raise ValueError(f"groups: expected a positive integer, got {groups!r}; pass 1 or more")
+    return number
 
 
 def check_tensor(name: str, tensor: Meta, device: torch.device | None = None) -> None:
@@ -111,6 +174,16 @@ def check_tensor(name: str, tensor: Meta, device: torch.device | None = None) ->
         )
 
 
+def check_input(dims: int, input: Meta) -> None:
+    """Raise unless `input` is one of a convolution with `dims` spatial axes."""
+    check_tensor("input", input)
+    if len(input.shape) not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
+            f"got {_shape(input)}; add or remove axes"
+        )
+
+
 def check_tensors(
     dims: int,
     input: Meta,
@@ -122,16 +195,11 @@ def check_tensors(
     same_dtype: bool,
 ) -> None:
     """Raise unless the operands of a convolution with `dims` spatial axes fit each other."""
-    check_tensor("input", input)
+    check_input(dims, input)
     named = {"coefficients": coefficients, "basis": basis} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         check_tensor(name, tensor, input.device)
-    if len(input.shape) not in (dims + 1, dims + 2):
-        raise ValueError(
-            f"input: expected [B, C_in, {_AXES[dims]}] or [C_in, {_AXES[dims]}], "
-            f"got {_shape(input)}; add or remove axes"
-        )
-    check_groups(groups)
+    groups = check_groups(groups)
     first, second = ("C_in", "C_out") if transposed else ("C_out", "C_in")
     if len(coefficients.shape) != 3 or coefficients.shape[0] % groups:
         raise ValueError(
@@ -168,7 +236,7 @@ def _check_dtypes(input: Meta, coefficients: Meta, basis: Meta, bias: Meta | Non
                 f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}; "
                 f"convert one of them, or use torch.autocast"
             )
-    wide = torch.promote_types(input.dtype, torch.float32)
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     if basis.dtype not in (input.dtype, wide):
         raise TypeError(
             f"basis: expected {' or '.join(sorted({str(input.dtype), str(wide)}))}, "
@@ -197,7 +265,7 @@ def conv_geometry(
         steps,
         axis_padding(padding, steps, dims),
         per_axis("dilation", dilation, dims, 1),
-        groups,
+        check_groups(groups),
     )
     if min(geometry.output_size) < 1:
         raise ValueError(
@@ -238,7 +306,7 @@ def conv_transpose_geometry(
         per_axis("padding", padding, dims, 0),
         extra,
         spread,
-        groups,
+        check_groups(groups),
     )
     if min(geometry.input_size) < 1:
         raise ValueError(
@@ -247,6 +315,43 @@ def conv_transpose_geometry(
             f"{geometry.kernel_size}, padding {geometry.padding}; use less padding"
         )
     return geometry
+
+
+def output_padding_for(
+    output_size: Any,
+    input: Meta,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[int, ...]:
+    """The output padding with which `F.conv_transposeNd` on `input` gives `output_size`.
+
+    Args:
+        output_size: one size per axis; those of the batch and the channels may precede them.
+
+    Raises:
+        TypeError, ValueError: it is no such collection, or the stride cannot lead to it.
+    """
+    dims = len(kernel_size)
+    steps = per_axis("stride", stride, dims, 1)
+    spread, low = per_axis("dilation", dilation, dims, 1), per_axis("padding", padding, dims, 0)
+    none = (0,) * dims
+    least = Geometry.conv_transpose(
+        input.shape[-dims:], kernel_size, steps, low, none, spread, 1
+    ).input_size
+    most = [size + step - 1 for size, step in zip(least, steps, strict=True)]
+    lowest = [max(size, 1) for size in least]  # padding may leave nothing of the least output
+    expected = f"expected {dims} sizes from {lowest} to {most} for input {_shape(input)}"
+    sizes = integers(output_size)
+    if sizes is None:
+        raise TypeError(f"output_size: {expected}, got {output_size!r}; pass integers")
+    wanted = sizes[-dims:] if len(sizes) == len(input.shape) else sizes
+    if len(wanted) != dims or any(
+        not first <= size <= last for first, size, last in zip(lowest, wanted, most, strict=False)
+    ):
+        raise ValueError(f"output_size: {expected}, got {list(sizes)}; choose within them")
+    return tuple(size - first for size, first in zip(wanted, least, strict=True))
 
 
 def check_mlp(weights: Sequence[Meta], biases: Sequence[Meta], dims: int, input: Meta) -> None:

@@ -2,51 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from . import ops
 from .autocast import without_autocast
+from .backends.library import product
 from .backends.reference import ACTIVATIONS
+from .checks import check_dtype, integer, integers
+from .taps import COORDINATES, tap_coordinates
 
-COORDINATES = ("centered", "unit")
-
-
-def tap_coordinates(
-    kernel_size: Sequence[int],
-    coordinates: str = "centered",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Coordinates `[K, D]` of the taps in row-major order, one column per axis in axis order.
-
-    `'centered'` runs from -(k-1)/2 to (k-1)/2 on each axis, in taps; `'unit'` is the same scaled to
-    [-1, 1] (an axis with one tap is at 0).
-
-    Raises:
-        ValueError: `coordinates` is neither.
-    """
-    if coordinates not in COORDINATES:
-        raise ValueError(
-            f"coordinates: expected one of {', '.join(map(repr, COORDINATES))}, got "
-            f"{coordinates!r}; pass one of these"
-        )
-    axes = []
-    for size in kernel_size:
-        half = (size - 1) / 2
-        axis = torch.arange(size, device=device, dtype=dtype) - half
-        axes.append(axis / half if coordinates == "unit" and size > 1 else axis)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(axes))
+__all__ = ["COORDINATES", "CoordinateMLP", "MLPLayer", "TapBatchNorm", "tap_coordinates"]
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor:
     """`layer.name`, found at once where it is a parameter of its own and not a parametrization."""
     parameter = layer._parameters.get(name)
     return getattr(layer, name) if parameter is None else parameter
+
+
+def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
+    """Write to a parameter, through its parametrization if it has one."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        setattr(module, name, value)
+    else:
+        parameter.copy_(value)
+
+
+def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """That of the module's first floating-point parameter, else buffer, else `default`."""
+    tensors: Iterable[Tensor] = (*module.parameters(), *module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), default)
+
+
+def _calls_forward_only(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of `module` is the forward of `cls` and nothing else: no hooks either."""
+    kind = type(module)
+    own = kind is cls or (kind.forward is cls.forward and kind.__call__ is cls.__call__)
+    return own and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class MLPLayer(nn.Module):
+    """One layer of the MLP, without its activation: x W^T + b.
+
+    It has nn.Linear's parameters and first draw, and is none: what is done to all linear layers of a
+    model (another initialisation, quantisation, adapters) would flatten or break the kernels.
+
+    It computes in float32 for parameters of lower precision.
+
+    Args:
+        in_features, out_features: widths.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weight and bias by nn.Linear's rule."""
+        bound = 1 / math.sqrt(self.in_features)
+        weight, bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
+        overwrite(self, "weight", nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
+        overwrite(self, "bias", nn.init.uniform_(bias, -bound, bound))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[K, out_features]` of `[K, in_features]`."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return product(input.to(wide), self.weight.to(wide).t()) + self.bias.to(wide)
+
+    def extra_repr(self) -> str:
+        """The widths, for `repr`."""
+        return f"{self.in_features}, {self.out_features}"
 
 
 class CoordinateMLP(nn.Module):
@@ -63,10 +110,13 @@ class CoordinateMLP(nn.Module):
         activation: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`, `'tanh'` or `'sine'`.
 
     It is evaluated in float32 for parameters of lower precision, since K x N numbers cost nothing
-    and every weight of the layer inherits their error.
+    and every weight of the layer inherits their error. A fused kernel evaluates it where nobody could
+    tell: not if it or one of its layers has hooks, a forward of its own, or is of another class.
+
+    Weight decay should leave its parameters alone: see `parameter_groups`.
 
     Raises:
-        ValueError: a width is not positive, or the activation is unknown.
+        TypeError, ValueError: a width is not a positive integer, or the activation is unknown.
     """
 
     def __init__(
@@ -79,38 +129,58 @@ class CoordinateMLP(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        widths = (in_features, *hidden_features, num_features)
-        if min(widths) < 1:
+        check_dtype("dtype", dtype)
+        widths = _widths(in_features, hidden_features, num_features)
+        self.in_features = widths[0]
+        self.num_features = widths[-1]
+        self.activation = activation
+        self.layers = nn.ModuleList(MLPLayer(a, b, device, dtype) for a, b in pairwise(widths))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module, but an unknown activation is refused."""
+        if name == "activation" and value not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_features and num_features: expected positive widths, got "
-                f"{tuple(hidden_features)} and {num_features}; pass integers of at least 1"
-            )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
+                f"activation: expected one of {', '.join(ACTIVATIONS)}, got {value!r}; "
                 f"pass one of these, or any nn.Module as hypernet="
             )
-        self.in_features = in_features
-        self.num_features = num_features
-        self.activation = activation
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairwise(widths)
-        )
+        super().__setattr__(name, value)
 
     def operator(self, coordinates: Tensor) -> ops.Mlp:
         """The network at `coordinates` `[K, D]`, as the operators take it."""
-        layers = self.layers._modules.values()
-        weights = [_parameter(layer, "weight") for layer in layers]
-        biases = [_parameter(layer, "bias") for layer in layers]
-        return ops.Mlp(coordinates, weights, biases, self.activation)
+        return ops.Mlp(coordinates, *self._layer_parameters(), self.activation)
 
-    def _linear(self) -> list[nn.Linear]:
-        return cast("list[nn.Linear]", list(self.layers))
+    def _layer_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(weights, biases), one of each per layer."""
+        layers: Any = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        weights = [_parameter(layer, "weight") for layer in layers]
+        return weights, [_parameter(layer, "bias") for layer in layers]
+
+    def fusible_parameters(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, biases) for the operators; None if they are not all there is to a call of this.
+
+        It is asked at every step of every layer, and so reads what nn.Module keeps directly.
+        """
+        if not _calls_forward_only(self, CoordinateMLP) or not self._layers_are_ours():
+            return None
+        return self._layer_parameters()
+
+    def _layers_are_ours(self) -> bool:
+        layers: Any = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        for layer in layers:
+            if not _calls_forward_only(layer, MLPLayer):
+                return False
+        return not (
+            module_hooks._global_forward_hooks
+            or module_hooks._global_forward_pre_hooks
+            or module_hooks._global_backward_hooks
+            or module_hooks._global_backward_pre_hooks
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
         """(D, hidden features..., N)."""
-        return (self.in_features, *(layer.out_features for layer in self._linear()))
+        weights, _ = self._layer_parameters()
+        return (self.in_features, *(weight.shape[0] for weight in weights))
 
     def basis(self, coordinates: Tensor, constant: bool, backend: str = "auto") -> Tensor:
         """phi `[R, K]`: the features, and the constant 1 as one more function if `constant`."""
@@ -118,16 +188,46 @@ class CoordinateMLP(nn.Module):
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Features `[K, N]` at `coordinates` `[K, D]`."""
-        return self.basis(coordinates, constant=False).T
+        if self._layers_are_ours():
+            return self.basis(coordinates, constant=False).T
+        with without_autocast(coordinates.device):
+            return self._by_layers(coordinates)
+
+    def _by_layers(self, coordinates: Tensor) -> Tensor:
+        """The features by a call of each layer, whatever it is by now."""
+        activate = ACTIVATIONS[self.activation]
+        hidden = coordinates
+        for layer in self.layers:
+            if not isinstance(layer, MLPLayer):
+                hidden = hidden.to(floating_dtype(layer, hidden.dtype))
+            output = layer(hidden)
+            hidden = activate(output.to(torch.promote_types(output.dtype, torch.float32)))
+        return hidden
 
     def reset_parameters(self) -> None:
         """Draw every layer anew by nn.Linear's rule."""
-        for layer in self._linear():
-            layer.reset_parameters()
+        for layer in self.layers:
+            layer.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         """The activation, for `repr`."""
         return f"activation={self.activation}"
+
+
+def _widths(in_features: int, hidden_features: Sequence[int], num_features: int) -> tuple[int, ...]:
+    hidden = integers(hidden_features)
+    if hidden is None:
+        raise TypeError(
+            f"hidden_features: expected integers, got {hidden_features!r}; pass one per hidden layer"
+        )
+    last = integer("num_features", num_features)
+    widths = (integer("in_features", in_features), *hidden, last)
+    if min(widths) < 1:
+        raise ValueError(
+            f"hidden_features and num_features: expected positive widths, got "
+            f"{tuple(hidden_features)} and {num_features}; pass integers of at least 1"
+        )
+    return widths
 
 
 class TapBatchNorm(nn.Module):
@@ -159,8 +259,8 @@ class TapBatchNorm(nn.Module):
         self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(tuple(shape), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(tuple(shape), device=device, dtype=dtype))
-        self.register_buffer("running_mean", torch.zeros_like(self.weight.detach()))
-        self.register_buffer("running_var", torch.ones_like(self.weight.detach()))
+        self.register_buffer("running_mean", torch.zeros(tuple(shape), device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(tuple(shape), device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
     def reset_running_stats(self) -> None:
@@ -191,7 +291,7 @@ class TapBatchNorm(nn.Module):
         rank, taps = basis.shape
         wide = coefficients.to(basis.dtype)
         if coefficients.shape[-1] < rank:
-            wide = nn.functional.pad(wide, (0, 1))
+            wide = F.pad(wide, (0, 1))
         if self.training:
             if taps == 1:
                 raise ValueError(
@@ -215,9 +315,11 @@ class TapBatchNorm(nn.Module):
         """Mean and biased variance over the taps of W = A phi, each `[C_out, C_in/groups]`."""
         average = basis.mean(dim=1)
         centered = basis - average.unsqueeze(1)
-        covariance = centered @ centered.T / basis.shape[1]
-        variance = ((coefficients @ covariance) * coefficients).sum(-1)
-        return coefficients @ average, variance.clamp_min(0)  # rounding may leave it just below
+        covariance = product(centered, centered.t()) / basis.shape[1]
+        rows = coefficients.reshape(-1, basis.shape[0])
+        variance = (product(rows, covariance) * rows).sum(-1).clamp_min(0)  # rounding may leave it below
+        mean = product(rows, average.unsqueeze(1))
+        return mean.view(coefficients.shape[:2]), variance.view(coefficients.shape[:2])
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -51,7 +51,7 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
 
 
 def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
-    if not isinstance(conv.hypernet, CoordinateMLP):
+    if not isinstance(conv.hypernet, CoordinateMLP) or conv.hypernet.fusible_parameters() is None:
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
     dtype = backends.dtype_name(conv.coefficients.dtype)

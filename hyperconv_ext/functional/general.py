@@ -1,22 +1,17 @@
-"""Functions of tensors, in one, two and three dimensions: checked, then handed to `ops`.
-
-There is one implementation for any number of axes (`basis_conv`, `basis_conv_transpose`, `hyper_conv`,
-`hyper_conv_transpose`); the functions with a dimension in their name differ in nothing else.
-"""
+"""The functions for any number of spatial axes: checked, then handed to `ops`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, planner
-from .autocast import autocast_dtype
-from .backends.reference import ACTIVATIONS
-from .checks import (
+from .. import ops, planner
+from ..autocast import autocast_dtype
+from ..backends.reference import ACTIVATIONS
+from ..checks import (
     Meta,
     check_coordinates,
     check_mlp,
@@ -29,9 +24,9 @@ from .checks import (
     metas,
     per_axis,
 )
-from .geometry import Geometry
-from .hypernet import tap_coordinates
-from .memory import remembered
+from ..geometry import Geometry
+from ..memory import remembered
+from ..taps import check_coordinate_name, taps_beside
 
 Padding = int | Sequence[int] | str
 
@@ -179,8 +174,8 @@ def _mlp(
             f"(and a bias), got {list(columns.shape)}; match them"
         )
     if isinstance(coordinates, str):
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        coordinates = tap_coordinates(size, coordinates, like.device, dtype)
+        check_coordinate_name(coordinates)
+        coordinates = taps_beside(weights[0], size, coordinates, (1.0,) * dims)
     check_coordinates(meta("coordinates", coordinates), size, like)
     return ops.Mlp(coordinates, weights, biases, activation), size
 
@@ -235,113 +230,3 @@ def hyper_conv_transpose(
     spaces = (stride, padding, output_padding, dilation)
     operands = (dims, input, coefficients, mlp, size, bias, spaces, groups)
     return convolve(*operands, backend, algorithm, transposed=True)
-
-
-_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
-
-_CONV = """{dims}-D convolution whose kernel is a combination of R functions shared by all channels.
-
-    Equals `F.conv{dims}d(input, torch.einsum("oir,r{letters}->oi{letters}", coefficients, basis), bias,
-    stride, padding, dilation, groups)`, a cross-correlation, without that weight ever being in memory on
-    a fused backend. Differentiable in every tensor, to any order. A true convolution, with the kernel
-    flipped, is the same call with `basis.flip({axes})`.
-
-    Args:
-        input: x, `[B, C_in, {input}]` or `[C_in, {input}]`; float32, float64, float16 or bfloat16, any
-            strides; channels last is the fast layout.
-        coefficients: A, `[C_out, C_in/groups, R]`, in the input's dtype.{operands}
-        stride, dilation, groups: as in `F.conv{dims}d`.
-        padding: integers, `'same'` or `'valid'`, as in `F.conv{dims}d`.{choice}"""
-
-_CONV_TRANSPOSE = """{dims}-D transposed convolution whose kernel is a combination of R shared functions.
-
-    Equals `F.conv_transpose{dims}d(input, torch.einsum("ior,r{letters}->io{letters}", coefficients,
-    basis), bias, stride, padding, output_padding, groups, dilation)`, without that weight ever being in
-    memory on a fused backend. Differentiable in every tensor, to any order.
-
-    Args:
-        input: x, `[B, C_in, {input}]` or `[C_in, {input}]`; float32, float64, float16 or bfloat16, any
-            strides; channels last is the fast layout.
-        coefficients: A, `[C_in, C_out/groups, R]`, in the input's dtype.{operands}
-        stride, padding, output_padding, groups, dilation: as in `F.conv_transpose{dims}d`, integers or
-            one per axis.{choice}"""
-
-_HYPER = """{dims}-D hyper-convolution: `{base}` whose basis is a coordinate MLP of the taps.
-
-    Args:
-        coefficients: as in `{base}`: the MLP's last linear layer. R is the number N of the MLP's
-            features, or N + 1 when the last column is that layer's bias.
-        weights: per layer of the MLP, `[features, previous features]`; the first has {dims} column(s).
-        biases: per layer, `[features]`.
-        kernel_size: an integer, or ({kernel}).
-        activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
-            `'tanh'`, `'sine'`.
-        coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`, made anew at every call;
-            or the coordinates themselves, `[K, {dims}]`, K the number of taps, the kernel's last axis
-            fastest.
-
-    All other arguments, the result and the errors are those of `{base}`.
-    """
-
-_OPERANDS = """
-        basis: phi, `[R, {kernel}]`, in the input's dtype or float32.
-        bias: `[C_out]` or None, in the input's dtype."""
-
-_CHOICE = """
-        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`. A backend that is named
-            is used or refused, never replaced. `'auto'` can be overridden by the environment variable
-            HYPERCONV_BACKEND.
-        algorithm: `'auto'`, or one of the backend's: `'basis'` (triton, cuda), `'direct'` (triton),
-            `'composite'`. The gradients of A and phi have one fused algorithm, which both names of
-            triton select.
-
-    Returns:
-        `[B, C_out, {output}]` (or unbatched), in the input's dtype, channels last if the input is.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
-        PlanError: the named backend or algorithm cannot compute this problem.
-    """
-
-P = ParamSpec("P")
-
-
-def _in_dims(
-    dims: int, general: Callable[Concatenate[int, P], Tensor], text: str
-) -> Callable[P, Tensor]:
-    """`general` for `dims` spatial axes, with a name, a signature and a docstring of its own."""
-
-    def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return general(dims, *args, **kwargs)
-
-    axes = _AXES[dims]
-    words = {
-        "dims": dims,
-        "base": f"basis_{general.__name__.removeprefix('hyper_')}{dims}d",
-        "letters": "".join(axes).lower(),
-        "axes": ", ".join(str(axis) for axis in range(1, dims + 1)),
-        "input": ", ".join(axes),
-        "output": ", ".join(f"{axis}'" for axis in axes),
-        "kernel": ", ".join(f"k{axis.lower()}" for axis in axes),
-    }
-    words |= {"operands": _OPERANDS.format(**words), "choice": _CHOICE.format(**words)}
-    function.__doc__ = text.format(**words)
-    function.__name__ = function.__qualname__ = f"{general.__name__}{dims}d"
-    signature = inspect.signature(general)
-    parameters = list(signature.parameters.values())[1:]
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
-
-
-basis_conv1d = _in_dims(1, basis_conv, _CONV)
-basis_conv2d = _in_dims(2, basis_conv, _CONV)
-basis_conv3d = _in_dims(3, basis_conv, _CONV)
-basis_conv_transpose1d = _in_dims(1, basis_conv_transpose, _CONV_TRANSPOSE)
-basis_conv_transpose2d = _in_dims(2, basis_conv_transpose, _CONV_TRANSPOSE)
-basis_conv_transpose3d = _in_dims(3, basis_conv_transpose, _CONV_TRANSPOSE)
-hyper_conv1d = _in_dims(1, hyper_conv, _HYPER)
-hyper_conv2d = _in_dims(2, hyper_conv, _HYPER)
-hyper_conv3d = _in_dims(3, hyper_conv, _HYPER)
-hyper_conv_transpose1d = _in_dims(1, hyper_conv_transpose, _HYPER)
-hyper_conv_transpose2d = _in_dims(2, hyper_conv_transpose, _HYPER)
-hyper_conv_transpose3d = _in_dims(3, hyper_conv_transpose, _HYPER)

@@ -1,0 +1,24 @@
+"""Layers: nn.ConvNd's arguments in nn.ConvNd's order, then the hyper-network's."""
+
+from .base import HyperConvNd
+from .layers import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperConv3d,
+    HyperConvTranspose1d,
+    HyperConvTranspose2d,
+    HyperConvTranspose3d,
+)
+from .weight import ComputedWeight, ReadOnlyWeightError
+
+__all__ = [
+    "ComputedWeight",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperConv3d",
+    "HyperConvNd",
+    "HyperConvTranspose1d",
+    "HyperConvTranspose2d",
+    "HyperConvTranspose3d",
+    "ReadOnlyWeightError",
+]

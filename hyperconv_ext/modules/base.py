@@ -1,0 +1,444 @@
+"""What all layers share: parameters, their first draw, W on demand, and what may change afterwards."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import functional, layout, ops, planner
+from ..backends.reference import materialize_weight
+from ..checks import (
+    axis_padding,
+    check_dtype,
+    check_groups,
+    check_input,
+    check_name,
+    check_tensor,
+    integer,
+    meta,
+    per_axis,
+)
+from ..geometry import Geometry
+from ..hypernet import CoordinateMLP, TapBatchNorm, floating_dtype, overwrite
+from ..taps import check_coordinate_name, taps_beside
+from .weight import REMEDY, read_only
+
+_Layer = TypeVar("_Layer", bound="HyperConvNd")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_WEIGHT_NORMS = (None, "batch")
+_QUIET = 0.01  # of the mean power of the basis functions
+_DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
+_NEW_LAYER = "make a new layer with it"
+# What the parameters' shapes were made for, or nothing reads later; and what to do instead
+_FIXED = {
+    "kernel_size": "with_kernel_size() makes a layer of another size with the same learned function",
+    "tap_spacing": "with_kernel_size(..., dilation=) makes a layer with its taps at other distances",
+    "in_channels": _NEW_LAYER,
+    "out_channels": _NEW_LAYER,
+    "weight_bias": _NEW_LAYER,
+    "transposed": _NEW_LAYER,
+    "dims": _NEW_LAYER,
+}
+
+
+class HyperConvNd(nn.Module, ABC):
+    """What the layers share, for any number of axes, transposed or not."""
+
+    dims: int
+    transposed: bool
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any  # one integer per axis; or, of a convolution, 'same' or 'valid'
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    tap_spacing: tuple[float, ...]
+    weight_norm: TapBatchNorm | None
+    _channels_last = False  # the format `.to(memory_format=...)` has left the layer in
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int] | str,
+        dilation: int | Sequence[int],
+        output_padding: int | Sequence[int],
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        device: Any,
+        dtype: Any,
+        hidden_features: Sequence[int],
+        num_features: int,
+        activation: str,
+        weight_bias: bool,
+        weight_norm: str | None,
+        coordinates: str,
+        backend: str,
+        hypernet: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        check_dtype("dtype", dtype)
+        in_channels, out_channels, groups = _channels(in_channels, out_channels, groups)
+        if weight_norm not in _WEIGHT_NORMS:
+            raise ValueError(
+                f"weight_norm: expected None or 'batch', got {weight_norm!r}; pass one of these"
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
+        self.stride = stride  # type: ignore[assignment]  # __setattr__ makes one integer per axis of it
+        self.padding = padding
+        self.dilation = dilation  # type: ignore[assignment]
+        self.output_padding = output_padding  # type: ignore[assignment]
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.coordinates = coordinates
+        self.tap_spacing = (1.0,) * self.dims
+        self.weight_bias = bool(weight_bias)
+        self.backend = backend
+        factory = {"device": device, "dtype": dtype}
+        draw = hypernet is None
+        if hypernet is None:
+            hypernet = CoordinateMLP(self.dims, hidden_features, num_features, activation, **factory)
+        self.hypernet = hypernet
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        shape = (first, second // groups)
+        # Of no columns until the hyper-network has told how many: it may ask on which device it is.
+        self.coefficients = nn.Parameter(torch.empty(*shape, 0, **factory))
+        rank = self._features() + self.weight_bias
+        self.coefficients = nn.Parameter(torch.empty(*shape, rank, **factory))
+        self.weight_norm = None if weight_norm is None else TapBatchNorm(shape, **factory)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, **factory))
+        else:
+            self.register_parameter("bias", None)
+        self._draw(draw)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module; what would be wrong, or change nothing, is refused."""
+        if name == "weight":
+            _refuse_weight("an assignment")
+        if name in _FIXED and (name in self.__dict__ or name in ("transposed", "dims")):
+            raise AttributeError(
+                f"{name}: expected to stay {getattr(self, name)!r} once the layer is made, got an "
+                f"assignment of {value!r}; {_FIXED[name]}"
+            )
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """`value` as the attribute `name` of the forward pass is kept."""
+        if name in ("stride", "dilation", "output_padding"):
+            value = per_axis(name, value, self.dims, int(name != "output_padding"))
+            if name == "stride" and "padding" in self.__dict__:
+                axis_padding(self.padding, value, self.dims)
+            if name == "output_padding" and not self.transposed and max(value) > 0:
+                raise ValueError(
+                    f"output_padding: expected 0 of a convolution that is not transposed, got {value}; "
+                    f"use the transposed layer"
+                )
+        elif name == "padding" and self.transposed and isinstance(value, str):
+            raise ValueError(
+                f"padding: expected integers for a transposed convolution, got {value!r}; pass integers"
+            )
+        elif name == "padding":
+            value = axis_padding(value, self.stride, self.dims)
+        elif name == "groups":
+            value = check_groups(value)
+        elif name == "padding_mode":
+            check_name(name, value, ("zeros",) if self.transposed else _PADDING_MODES)
+        elif name == "backend":
+            check_name(name, value, planner.BACKEND_NAMES)
+        elif name == "coordinates":
+            check_coordinate_name(value)
+        return value
+
+    def __delattr__(self, name: str) -> None:
+        """As nn.Module, but W cannot be deleted."""
+        if name == "weight":
+            _refuse_weight("a deletion")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module, but W cannot become a parameter."""
+        if name == "weight":
+            _refuse_weight("a parameter of this name")
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As nn.Module, but W cannot become a buffer."""
+        if name == "weight":
+            _refuse_weight("a buffer of this name")
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HyperConvNd:
+        super()._apply(fn, recurse)
+        # nn.ConvNd's weight has `dims + 2` axes and so remembers the memory format it was converted to,
+        # which no parameter here can. Other functions than nn.Module.to's see parameters only.
+        if getattr(fn, "__qualname__", "") == "Module.to.<locals>.convert":
+            probe = layout.sample(self.dims, self._channels_last)
+            self._channels_last = layout.channels_last(fn(probe)) and self.dims > 1
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if any(spacing != 1 for spacing in self.tap_spacing):
+            key = f"{prefix}tap_spacing"
+            destination[key] = torch.tensor(self.tap_spacing, dtype=torch.float64, device="cpu")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        spacing = state_dict.pop(f"{prefix}tap_spacing", None)
+        if spacing is not None and not spacing.is_meta:
+            self.__dict__["tap_spacing"] = tuple(spacing.tolist())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse `torch.jit.script`, which does not understand custom operators of this kind."""
+        raise NotImplementedError(
+            f"torch.jit.script: {type(self).__name__} cannot be scripted; use torch.export.export, or "
+            f"torch.jit.trace"
+        )
+
+    def _like(self) -> Tensor:
+        """A tensor of the hyper-network, or beside it: where the coordinates of the taps must be."""
+        tensors = (*self.hypernet.parameters(), *self.hypernet.buffers())
+        return next((t for t in tensors if t.is_floating_point()), self.coefficients)
+
+    @property
+    def taps(self) -> Tensor:
+        """Coordinates `[K, D]` of the taps beside the hyper-network's parameters, float32 at least."""
+        return self._taps(self._like()).clone()
+
+    def _taps(self, like: Tensor) -> Tensor:
+        """Shared with other layers: for reading only."""
+        return taps_beside(like, self.kernel_size, self.coordinates, self.tap_spacing)
+
+    def _mlp(self) -> ops.Mlp | None:
+        """The hyper-network as the operators take it; None where it must be called as a module."""
+        hypernet = self._modules["hypernet"]
+        if not isinstance(hypernet, CoordinateMLP):
+            return None
+        layers = hypernet.fusible_parameters()
+        if layers is None:
+            return None
+        weights, biases = layers
+        return ops.Mlp(self._taps(weights[0]), weights, biases, hypernet.activation)
+
+    def _features(self) -> int:
+        """N, asked of a hyper-network that is not ours by calling it once."""
+        mlp = self._mlp()
+        if mlp is not None:
+            return mlp.weights[-1].shape[0]
+        with torch.no_grad():
+            return self._module_features().shape[1]
+
+    def _module_features(self) -> Tensor:
+        taps = self.taps
+        count = taps.shape[0]
+        if not isinstance(self.hypernet, CoordinateMLP):  # which takes exact ones
+            taps = taps.to(floating_dtype(self.hypernet, taps.dtype))
+        features = self.hypernet(taps)
+        if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != count:
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"hypernet: expected a module from coordinates [{count}, {self.dims}] to features "
+                f"[{count}, N], got {got}; return one row per tap"
+            )
+        return features
+
+    def reset_parameters(self) -> None:
+        """Draw parameters so that W has mean 0 and the standard deviation nn.ConvNd starts with.
+
+        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. The columns of
+        the coefficients are scaled so that every basis function adds the same to the variance of W,
+        averaged over the taps; one far quieter than the rest adds less, lest its coefficients be
+        huge. An MLP is drawn first, and drawn again if its features all vanish on the taps (relu, few
+        taps); another hyper-network stays as it is. With `weight_norm='batch'` the norm's scale sets
+        the deviation of W and the coefficients start at unit variance, as its running variance does.
+        """
+        self._draw(isinstance(self.hypernet, CoordinateMLP))
+
+    @torch.no_grad()
+    def _draw(self, hypernet: bool) -> None:
+        """Draw all parameters, those of the hyper-network only if `hypernet`."""
+        columns = self.coefficients.shape[-1]
+        fan_in = self.coefficients.shape[1] * math.prod(self.kernel_size)
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        deviation = bound / math.sqrt(3)
+        if self.weight_norm is not None:
+            self.weight_norm.reset_running_stats()
+            self.weight_norm.weight.fill_(deviation)
+            self.weight_norm.bias.zero_()
+            deviation = 1.0
+        basis = self._draw_basis() if hypernet else self._basis("reference")
+        power = basis[:columns].square().mean(dim=1)
+        share = 1 / power.maximum(_QUIET * power.mean())
+        scale = deviation * (share / (share * power).sum()).sqrt()
+        scale = torch.where(power.sum() > 0, scale, torch.zeros_like(scale))
+        drawn = torch.empty_like(self.coefficients).uniform_(-math.sqrt(3), math.sqrt(3))
+        overwrite(self, "coefficients", drawn.mul_(scale.to(drawn.dtype)))
+        if self.bias is not None:
+            overwrite(self, "bias", torch.empty_like(self.bias).uniform_(-bound, bound))
+
+    def _draw_basis(self) -> Tensor:
+        """phi of a fresh MLP, not zero on all taps."""
+        for _ in range(_DRAWS):
+            self.hypernet.reset_parameters()  # type: ignore[operator]
+            basis = self._basis("reference")
+            without_numbers = basis.is_meta or isinstance(basis, FakeTensor)
+            if without_numbers or basis[: self.coefficients.shape[-1]].any():
+                break
+        return basis
+
+    def _basis(self, backend: str) -> Tensor:
+        """phi `[R, K]`; its last row is the constant function when a bias or a norm needs it."""
+        constant = self.weight_bias or self.weight_norm is not None
+        mlp = self._mlp()
+        if mlp is not None:
+            return ops.coordinate_mlp(*mlp, constant, backend)
+        features = self._module_features().T
+        return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
+
+    def _operands(self) -> tuple[Tensor, functional.Kernel]:
+        """(A, phi or the MLP whose output it is) of the next forward pass."""
+        mlp = self._mlp() if self._modules.get("weight_norm") is None else None
+        return self.kernel(track=True) if mlp is None else (self.coefficients, mlp)
+
+    def _convolve(self, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
+        """The layer's output for the padded `input`; `spaces` as `functional.convolve` takes them."""
+        last = self._channels_last and self._weight_would_be_channels_last()
+        output = functional.convolve(
+            self.dims,
+            self._batched(input) if last else input,
+            *self._operands(),
+            self.kernel_size,
+            self.bias,
+            spaces,
+            self.groups,
+            self.backend,
+            "auto",
+            self.transposed,
+        )
+        if last:
+            output = layout.as_channels_last(output)
+            return output if input.dim() == output.dim() else output.squeeze(0)
+        return output
+
+    def _batched(self, input: Tensor) -> Tensor:
+        """`input` with a batch axis, and channels last if the layer is."""
+        check_input(self.dims, meta("input", input))
+        batched = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
+        if self._channels_last and self._weight_would_be_channels_last():
+            return layout.as_channels_last(batched)
+        return batched
+
+    def _weight_would_be_channels_last(self) -> bool:
+        """Whether nn.ConvNd's weight, once converted, would make the output channels last."""
+        return layout.remembers_channels_last((*self.coefficients.shape[:2], *self.kernel_size))
+
+    def kernel(self, track: bool) -> tuple[Tensor, Tensor]:
+        """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
+        coefficients = self.coefficients
+        check_tensor("coefficients", meta("coefficients", coefficients))
+        basis = self._basis(self.backend)
+        if self.weight_norm is not None:
+            coefficients = self.weight_norm(coefficients, basis, track)
+        return coefficients, basis.view(-1, *self.kernel_size)
+
+    def basis(self) -> Tensor:
+        """phi `[R, *kernel_size]`: the functions of the taps that all channels share."""
+        return self._basis(self.backend).view(-1, *self.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as nn.ConvNd or nn.ConvTransposeNd has it, built on demand; differentiable, to be read only.
+
+        Writing to it raises `ReadOnlyWeightError`, an assignment AttributeError.
+        """
+        return read_only(materialize_weight(*self.kernel(track=False)))
+
+    @abstractmethod
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        """(what is convolved: `input` batched and padded by its mode, the geometry it meets)."""
+
+    def with_kernel_size(
+        self: _Layer,
+        kernel_size: int | Sequence[int],
+        padding: int | Sequence[int] | str | None = None,
+        dilation: int | Sequence[int] | None = None,
+    ) -> _Layer:
+        """A copy of this layer whose kernel is the same learned function on another grid of taps.
+
+        With `'centered'` coordinates the function keeps its scale: more taps see more of it, and a
+        kernel with another `dilation` samples it at taps that much further apart, at the same
+        distances in the input. With `'unit'` coordinates it is stretched over the new kernel, whose
+        ends stay at -1 and 1. Where the old and the new grid have points in common the weights agree.
+        The sum over the taps is not normalised to their number.
+
+        Args:
+            kernel_size: of the copy.
+            padding: of the copy; None keeps this layer's, `'same'` follows the kernel size.
+            dilation: of the copy; None keeps this layer's.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        layer = copy.deepcopy(self)
+        layer.__dict__["kernel_size"] = per_axis("kernel_size", kernel_size, self.dims, 1)
+        if padding is not None:
+            layer.padding = padding
+        if dilation is not None:
+            layer.dilation = dilation  # type: ignore[assignment]
+            pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
+            spacings = tuple(spacing * new / old for new, old, spacing in pairs)
+            layer.__dict__["tap_spacing"] = spacings
+        return layer
+
+    def extra_repr(self) -> str:
+        """The sizes, and whatever else is not at its default."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        defaults: dict[str, Any] = {
+            "stride": (1,) * self.dims,
+            "padding": (0,) * self.dims,
+            "dilation": (1,) * self.dims,
+            "output_padding": (0,) * self.dims,
+            "groups": 1,
+            "padding_mode": "zeros",
+            "weight_bias": True,
+            "coordinates": "centered",
+            "tap_spacing": (1.0,) * self.dims,
+            "backend": "auto",
+        }
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value!r}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
+    """The three as Python's integers, if the groups divide the channels."""
+    groups = check_groups(groups)
+    counts = []
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        count = integer(name, channels, 0)
+        if count % groups:
+            raise ValueError(
+                f"{name}: expected a multiple of groups={groups}, got {channels}; change one of them"
+            )
+        counts.append(count)
+    return counts[0], counts[1], groups
+
+
+def _refuse_weight(what: str) -> NoReturn:
+    raise AttributeError(
+        f"weight: expected to be read only, since W is computed from the layer's parameters at every "
+        f"access, got {what}; {REMEDY}"
+    )

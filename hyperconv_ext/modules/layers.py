@@ -1,0 +1,292 @@
+"""The six layers: nn.ConvNd's arguments in nn.ConvNd's order, then the hyper-network's.
+
+Annotations are evaluated, as those of torch.nn are: traced graphs take the types of inputs from them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..checks import check_input, conv_geometry, conv_transpose_geometry, meta, output_padding_for
+from ..geometry import Geometry
+from .base import HyperConvNd
+from .tracing import call_in_trace
+
+
+class _HyperConv(HyperConvNd):
+    """nn.ConvNd's arguments, and a convolution."""
+
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        hidden_features: Sequence[int] = (16, 16),
+        num_features: int = 4,
+        activation: str = "leaky_relu",
+        weight_bias: bool = True,
+        weight_norm: str | None = None,
+        coordinates: str = "centered",
+        backend: str = "auto",
+        hypernet: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            0,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            hidden_features,
+            num_features,
+            activation,
+            weight_bias,
+            weight_norm,
+            coordinates,
+            backend,
+            hypernet,
+        )
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
+        """The input padded by a mode other than zeros, and the padding left for the convolution."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        check_input(self.dims, meta("input", input))
+        geometry = Geometry.conv(
+            self.kernel_size,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+        low = geometry.padding
+        high = geometry.high_padding if self.padding == "same" else low
+        pads = [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair]
+        return F.pad(input, pads, mode=self.padding_mode), (0,) * self.dims
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B."""
+        if isinstance(input, fx.Proxy):
+            return call_in_trace(self, input)
+        padded, padding = self._padded(input)
+        return self._convolve(padded, (self.stride, padding, self.dilation))
+
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        padded, padding = self._padded(input)
+        batched = self._batched(padded)
+        arguments = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        return batched, conv_geometry(meta("input", batched), *arguments)
+
+
+class _HyperConvTranspose(HyperConvNd):
+    """nn.ConvTransposeNd's arguments, and a transposed convolution."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        hidden_features: Sequence[int] = (16, 16),
+        num_features: int = 4,
+        activation: str = "leaky_relu",
+        weight_bias: bool = True,
+        weight_norm: str | None = None,
+        coordinates: str = "centered",
+        backend: str = "auto",
+        hypernet: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            output_padding,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            hidden_features,
+            num_features,
+            activation,
+            weight_bias,
+            weight_norm,
+            coordinates,
+            backend,
+            hypernet,
+        )
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """y `[B, C_out, *S']` of x `[B, C_in, *S]`, or both without B.
+
+        Args:
+            input: x.
+            output_size: S', in the place of `output_padding`; may begin with B and C_out.
+        """
+        if isinstance(input, fx.Proxy):
+            return call_in_trace(self, input, output_size=output_size)
+        extra = self.output_padding
+        if output_size is not None:
+            spaces = (self.stride, self.padding, self.dilation)
+            extra = output_padding_for(output_size, meta("input", input), self.kernel_size, *spaces)
+        return self._convolve(input, (self.stride, self.padding, extra, self.dilation))
+
+    def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        batched = self._batched(input)
+        return batched, conv_transpose_geometry(
+            meta("input", batched),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class HyperConv1d(_HyperConv):
+    """`nn.Conv1d` whose kernel is computed by a small MLP of the tap coordinates; see `HyperConv2d`.
+
+    Shape:
+        input `[B, C_in, L]` or `[C_in, L]`; output `[B, C_out, L']` or `[C_out, L']`. The coordinates
+        have one column.
+    """
+
+    dims = 1
+
+
+class HyperConv2d(_HyperConv):
+    """`nn.Conv2d` whose kernel is computed by a small MLP of the tap coordinates.
+
+    W[o, i, k] = sum_r A[o, i, r] phi_r(p_k), with phi the features of the MLP at the coordinates
+    p_k of tap k. The parameter count does not depend on the kernel size, and the layer equals
+    `F.conv2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
+    (Ma, Wang, Dalca, Sabuncu: "Hyper-Convolution Networks for Biomedical Image Segmentation", WACV
+    2022, arXiv 2105.10559.)
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in `nn.Conv2d`.
+        hidden_features: widths of the MLP's hidden layers.
+        num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
+            one) the rank R of the kernel over its taps.
+        activation: after every layer of the MLP: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`,
+            `'silu'`, `'tanh'`, `'sine'`.
+        weight_bias: give the last linear layer, features -> weights, a bias: one more column of
+            `coefficients`, belonging to the constant function.
+        weight_norm: None, or `'batch'`: a batch norm over the taps of each W[o, i] as the
+            hyper-network's last layer, see `hypernet.TapBatchNorm`.
+        coordinates: `'centered'` (in taps from the kernel's centre) or `'unit'` ([-1, 1]).
+        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`, see
+            `functional.basis_conv2d`.
+        hypernet: any module from coordinates `[K, 2]` to features `[K, N]`, in the place of the MLP;
+            `hidden_features`, `num_features` and `activation` are then not used.
+
+    Attributes:
+        coefficients: Parameter `[C_out, C_in/groups, N + weight_bias]`, A (before `weight_norm`).
+        hypernet: `CoordinateMLP`, or the module given.
+        bias: Parameter `[C_out]` or None.
+        weight: W `[C_out, C_in/groups, kh, kw]`, built on demand, differentiable.
+
+    Shape:
+        input `[B, C_in, H, W]` or `[C_in, H, W]`; output `[B, C_out, H', W']` or `[C_out, H', W']`,
+        H' = (H + 2 padding - dilation (kernel_size - 1) - 1) // stride + 1.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it and the remedy.
+    """
+
+    dims = 2
+
+
+class HyperConv3d(_HyperConv):
+    """`nn.Conv3d` whose kernel is computed by a small MLP of the tap coordinates; see `HyperConv2d`.
+
+    Shape:
+        input `[B, C_in, D, H, W]` or `[C_in, D, H, W]`; output `[B, C_out, D', H', W']` or without B.
+        The coordinates have three columns, in axis order.
+    """
+
+    dims = 3
+
+
+class HyperConvTranspose1d(_HyperConvTranspose):
+    """`nn.ConvTranspose1d` whose kernel is computed by an MLP; see `HyperConvTranspose2d`.
+
+    Shape:
+        input `[B, C_in, L]` or `[C_in, L]`; output `[B, C_out, L']` or `[C_out, L']`.
+    """
+
+    dims = 1
+
+
+class HyperConvTranspose2d(_HyperConvTranspose):
+    """`nn.ConvTranspose2d` whose kernel is computed by a small MLP of the tap coordinates.
+
+    W[i, o, k] = sum_r A[i, o, r] phi_r(p_k): the layer equals
+    `F.conv_transpose2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
+        hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
+            hypernet: as in `HyperConv2d`.
+
+    Attributes:
+        coefficients: Parameter `[C_in, C_out/groups, N + weight_bias]`, A (before `weight_norm`).
+        hypernet, bias: as in `HyperConv2d`.
+        weight: W `[C_in, C_out/groups, kh, kw]`, built on demand, differentiable.
+
+    Shape:
+        input `[B, C_in, H, W]` or `[C_in, H, W]`; output `[B, C_out, H', W']` or `[C_out, H', W']`,
+        H' = (H - 1) stride - 2 padding + dilation (kernel_size - 1) + output_padding + 1.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it and the remedy.
+    """
+
+    dims = 2
+
+
+class HyperConvTranspose3d(_HyperConvTranspose):
+    """`nn.ConvTranspose3d` whose kernel is computed by an MLP; see `HyperConvTranspose2d`.
+
+    Shape:
+        input `[B, C_in, D, H, W]` or `[C_in, D, H, W]`; output `[B, C_out, D', H', W']` or without B.
+    """
+
+    dims = 3
