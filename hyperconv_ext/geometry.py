@@ -121,12 +121,12 @@ class Geometry:
         )
 
     @cached_property
-    def trimmed(self) -> tuple[Geometry, tuple[slice, ...]] | None:
-        """(the same convolution without the taps that meet no input, the taps left); None: all are.
+    def trimmed(self) -> tuple[Geometry, tuple[slice, ...] | None] | None:
+        """(the same convolution without the taps that meet no input, the taps left or None: all).
 
-        Taps are dropped at either end of an axis, all but one. A single tap has no dilation and a single
-        output no stride. What a backend does is therefore bounded by what there is to compute, however
-        large the arguments.
+        None if it is this one. Taps are dropped at either end of an axis, all but one. A single tap has
+        no dilation and a single output no stride. What a backend does is therefore bounded by what there
+        is to compute, however large the arguments.
         """
         rows = zip(
             self.input_size,
@@ -146,7 +146,8 @@ class Geometry:
         kernel_size, strides, paddings, dilations = zip(*axes, strict=True)
         arguments = (kernel_size, strides, paddings, dilations, self.groups)
         geometry = Geometry(self.input_size, self.output_size, *arguments)
-        return None if geometry == self else (geometry, tuple(window))
+        whole = geometry.kernel_size == self.kernel_size
+        return None if geometry == self else (geometry, None if whole else tuple(window))
 
     @property
     def output_padding(self) -> Ints:

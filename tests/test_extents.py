@@ -126,7 +126,8 @@ def test_trimming_keeps_every_meeting(size, kernel, stride, dilation, padding, e
     assume(length >= 1)
     geometry = Geometry((size,), (length + extra,), (kernel,), (stride,), (padding,), (dilation,), 1)
     before = _axis(geometry).meets()
-    trimmed, window = geometry.trimmed or (geometry, (slice(0, kernel),))
+    trimmed, window = geometry.trimmed or (geometry, None)
+    window = window or (slice(0, kernel),)
     first, last = window[0].start, window[0].stop - 1
     assert {(p, k + first, q) for p, k, q in _axis(trimmed).meets()} == before
     taps = {k for _, k, _ in before}

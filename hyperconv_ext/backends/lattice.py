@@ -205,9 +205,10 @@ def lattice(
         (0,) * lead + geometry.padding,
         (1,) * lead + geometry.dilation,
         tile,
+        (gaps,) * 3,
         strict=True,
     )
-    depth, height, width = (build(*row, gaps) for row in rows)
+    depth, height, width = (build(*row) for row in rows)
     return Lattice((depth, height, width), batch)
 
 
