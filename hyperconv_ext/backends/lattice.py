@@ -22,6 +22,7 @@ out those that none of them reads: then it is `taps`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
@@ -196,7 +197,7 @@ def lattice(
     `gaps`: patches are boxes, with the inputs that no output reads.
     """
     lead = 3 - geometry.dims
-    build = _transposed if transposed else _forward
+    build: Callable[..., Axis] = _transposed if transposed else _forward
     rows = zip(
         (1,) * lead + geometry.input_size,
         (1,) * lead + geometry.output_size,

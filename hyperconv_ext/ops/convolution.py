@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import backends, layout, planner
 from ..autocast import for_autocast, without_autocast
@@ -97,11 +98,8 @@ _Described = tuple[tuple[_Activation, ...], torch.Size, bool, bool]
 
 
 def _at_16_bytes(tensor: Tensor) -> bool:
-    """Whether its memory begins at a multiple of 16 bytes, as that of a tensor without any yet will."""
-    try:
-        return tensor.data_ptr() % 16 == 0
-    except RuntimeError:
-        return True
+    """Whether its memory begins at a multiple of 16 bytes, as that of a fake tensor would."""
+    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % 16 == 0
 
 
 def _described(slot: int, tensors: Sequence[Tensor]) -> _Described:
