@@ -58,7 +58,7 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     engine, reason = planner.mlp_backend(conv.hypernet.widths, dtype, device, backend)
     if not engine:
         return f"PyTorch ({reason})"
-    if conv.weight_norm is not None:  # needs phi before the convolution
+    if conv.weight_norm is not None or dtype == "float16":  # needs phi before the convolution
         return f"one fused kernel of {engine}"
     return f"fused into the first of the forward operator's two launches by {engine}"
 
