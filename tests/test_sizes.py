@@ -147,7 +147,7 @@ USES: dict[str, Callable[[Callable[[int], Any]], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("number", [i64, i32, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("number", [i64, i32, np.uint8, torch.tensor], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("use", USES)
 def test_integers_of_other_kinds(use: str, number: Callable[[int], Any]) -> None:
     assert torch.equal(USES[use](number), USES[use](int))
