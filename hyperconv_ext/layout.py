@@ -10,8 +10,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from .caching import memoize
 from .geometry import Ints
-from .memory import remembered
 
 # Elements. Triton knows of an integer argument whether it is a multiple of 16, or nothing: only then
 # does it read 16 bytes at a time.
@@ -27,7 +27,7 @@ def channels_last(tensor: Tensor) -> bool:
     return _suggests_channels_last(tensor.shape, tensor.stride())
 
 
-@remembered
+@memoize
 def _suggests_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     if strides[1] == 0:
         return False
@@ -49,7 +49,7 @@ def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return like.new_empty((batch, channels, *size))
 
 
-@remembered
+@memoize
 def _channels_last_layout(batch: int, channels: int, size: Ints) -> tuple[Ints, Ints]:
     """(shape, strides) of a channels-last `[batch, channels, *size]`."""
     pitches = tuple(accumulate((channels, *size[:0:-1]), mul))[::-1]
@@ -81,7 +81,7 @@ def sample(dims: int, last: bool) -> Tensor:
     return torch.empty(shape, device="cpu")
 
 
-@remembered
+@memoize
 def remembers_channels_last(shape: Sequence[int]) -> bool:
     """Whether strides can say that a weight of this shape is channels last: not `[C_out, 1, 1, 1]`."""
     return _suggests_channels_last(*_channels_last_layout(shape[0], shape[1], tuple(shape[2:])))

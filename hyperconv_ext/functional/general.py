@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops, planner
 from ..autocast import autocast_dtype
 from ..backends.reference import ACTIVATIONS
+from ..caching import memoize
 from ..checks import (
     Meta,
     check_coordinates,
@@ -25,7 +26,6 @@ from ..checks import (
     per_axis,
 )
 from ..geometry import Geometry
-from ..memory import remembered
 from ..taps import check_coordinate_name, taps_beside
 
 Padding = int | Sequence[int] | str
@@ -48,7 +48,7 @@ class _Network(NamedTuple):
         return cls(last.shape[0], wide, last.device)
 
 
-@remembered
+@memoize
 def _checked(
     dims: int,
     input: Meta,

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends, planner
 from ..autocast import without_autocast
 from ..backends import reference
-from ..memory import remembered
+from ..caching import memoize
 from ..problem import Device
 from .registry import (
     Function,
@@ -109,7 +109,7 @@ def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> M
     return engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
 
 
-@remembered
+@memoize
 def engine(
     widths: tuple[int, ...], dtype: torch.dtype, device: Device, backend: str
 ) -> ModuleType | None:

@@ -12,7 +12,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def remembered(function: Callable[P, T]) -> Callable[P, T]:
+def memoize(function: Callable[P, T]) -> Callable[P, T]:
     """A function of sizes and names whose results are kept.
 
     Not for arguments that cannot be compared (lists, symbolic sizes), and not while `torch.compile`
