@@ -250,7 +250,7 @@ Status run(const Lattice& map, const Choice& choice, const ConvArguments& a,
   p.rank = a.rank;
   p.slice = choice.slice;
   p.halo_stages = choice.halo_stages;
-  p.y_pairs = a.aligned;
+  p.y_pairs = a.aligned && a.y_strides.channel == 1;
   const ConvShared<N, kOutTiles, kRanks> shared(Arena::measuring(), p);
   if (choice.shared_bytes != shared.bytes) return kUnknownPlan;
   const int64_t blocks = static_cast<int64_t>(a.groups) * map.phases() * map.blocks() *

@@ -227,7 +227,6 @@ def test_compiled_transforms(backend: str, device, compiler) -> None:
     transforms = (
         lambda x: tuple(torch.func.grad(loss)(parameters, x[0]).values()),
         lambda x: tuple(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values()),
-        lambda x: (torch.func.vmap(of_functions)(x),),
         lambda x: torch.func.jvp(of_functions, (x[0],), (x[1],)),
     )
     with _precision(backend, device):

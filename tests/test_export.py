@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import subprocess
@@ -20,6 +21,7 @@ from hyperconv_ext import (
     functional,
     keep_operators,
 )
+from hyperconv_ext.modules import HyperConvNd
 
 from .conftest import FUSED
 from .oracle import relative_error
@@ -46,8 +48,13 @@ def _input(device, batch: int = 2, height: int = 7) -> Tensor:
 
 
 def _check(program: torch.nn.Module, model: nn.Module, input: Tensor) -> None:
+    """Against the model on the reference: what a backend computes is tested elsewhere."""
+    twin = copy.deepcopy(model)
+    for layer in twin.modules():
+        if isinstance(layer, HyperConvNd):
+            layer.backend = "reference"
     with torch.no_grad():
-        assert relative_error(program(input), model(input).double()) <= 2e-2  # TF32, if on a GPU
+        assert relative_error(program(input), twin(input).double()) <= 2e-2  # TF32, if on a GPU
 
 
 def _targets(program: torch.export.ExportedProgram) -> list[str]:
@@ -118,7 +125,7 @@ def test_loads_where_the_package_is_not_imported(device, tmp_path: Path) -> None
 def test_a_trace_is_not_tied_to_its_size(backend: str, grad: bool, device) -> None:
     model, input = _model(backend, device), _input(device)
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(model, (input,))
+        traced = torch.jit.trace(model, (input,), check_trace=False)
     assert "hyperconv_ext::" not in str(traced.inlined_graph)
     for other in (input, _input(device, 5, 9)):
         _check(traced, model, other)

@@ -62,4 +62,5 @@ def test_configuration(tile: tiles.Tile, device, poisoned) -> None:
         return ops.form(slot, geometry, "composite", "auto", None, *tensors)
 
     truth = composite(tuple(t.double() for t in operands))
-    check(tile.name, actual, truth, composite(operands))
+    # z and u are rounded to the operands' type on chip, to which composite would not round float16.
+    check(tile.name, actual, truth, truth.to(dtype) if tile.number == "half" else composite(operands))
