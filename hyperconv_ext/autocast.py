@@ -11,7 +11,9 @@ from torch import Tensor
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast, if it is on, runs convolutions on this device."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":
+        return None
+    if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .geometry import Geometry
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DENSE = torch.strided
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
@@ -34,14 +35,12 @@ def meta(name: str, tensor: object) -> Meta:
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it first"
         )
-    if tensor.is_nested:
-        raise TypeError(
-            f"{name}: expected a dense tensor, got a nested one; convert it with .to_padded_tensor()"
-        )
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert it with .to_dense()"
-        )
+    if tensor.layout is not _DENSE or tensor.is_nested:
+        if tensor.is_nested:
+            got, how = "a nested one", ".to_padded_tensor()"
+        else:
+            got, how = f"layout {tensor.layout}", ".to_dense()"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}; convert it with {how}")
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
 

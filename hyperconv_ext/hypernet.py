@@ -22,12 +22,6 @@ from .taps import COORDINATES, tap_coordinates
 __all__ = ["COORDINATES", "CoordinateMLP", "MLPLayer", "TapBatchNorm", "tap_coordinates"]
 
 
-def _parameter(layer: nn.Module, name: str) -> Tensor:
-    """`layer.name`, found at once where it is a parameter of its own and not a parametrization."""
-    parameter = layer._parameters.get(name)
-    return getattr(layer, name) if parameter is None else parameter
-
-
 def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
     """Write to a parameter, through its parametrization if it has one."""
     parameter = module._parameters.get(name)
@@ -45,14 +39,26 @@ def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 def _calls_forward_only(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call of `module` is the forward of `cls` and nothing else: no hooks either."""
+    kept = module.__dict__
+    if (
+        kept["_forward_hooks"]
+        or kept["_forward_pre_hooks"]
+        or kept["_backward_hooks"]
+        or kept["_backward_pre_hooks"]
+        or "forward" in kept
+    ):
+        return False
     kind = type(module)
-    own = kind is cls or (kind.forward is cls.forward and kind.__call__ is cls.__call__)
-    return own and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+    return kind is cls or (kind.forward is cls.forward and kind.__call__ is cls.__call__)
+
+
+def _watching_every_module() -> bool:
+    """Whether there are hooks on all modules."""
+    return bool(
+        module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
     )
 
 
@@ -149,11 +155,20 @@ class CoordinateMLP(nn.Module):
         """The network at `coordinates` `[K, D]`, as the operators take it."""
         return ops.Mlp(coordinates, *self._layer_parameters(), self.activation)
 
+    def _own_layers(self) -> Any:
+        """The layers, from where nn.Module keeps them."""
+        return self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+
     def _layer_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """(weights, biases), one of each per layer."""
-        layers: Any = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
-        weights = [_parameter(layer, "weight") for layer in layers]
-        return weights, [_parameter(layer, "bias") for layer in layers]
+        weights, biases = [], []
+        for layer in self._own_layers():
+            own = layer._parameters
+            # Found at once where it is a parameter of its own and not a parametrization.
+            weight, bias = own.get("weight"), own.get("bias")
+            weights.append(layer.weight if weight is None else weight)
+            biases.append(layer.bias if bias is None else bias)
+        return weights, biases
 
     def fusible_parameters(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """(weights, biases) for the operators; None if they are not all there is to a call of this.
@@ -165,16 +180,10 @@ class CoordinateMLP(nn.Module):
         return self._layer_parameters()
 
     def _layers_are_ours(self) -> bool:
-        layers: Any = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
-        for layer in layers:
+        for layer in self._own_layers():
             if not _calls_forward_only(layer, MLPLayer):
                 return False
-        return not (
-            module_hooks._global_forward_hooks
-            or module_hooks._global_forward_pre_hooks
-            or module_hooks._global_backward_hooks
-            or module_hooks._global_backward_pre_hooks
-        )
+        return not _watching_every_module()
 
     @property
     def widths(self) -> tuple[int, ...]:

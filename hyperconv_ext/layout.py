@@ -43,10 +43,20 @@ def _suggests_channels_last(shape: Sequence[int], strides: Sequence[int]) -> boo
 
 def new_activation(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """An uninitialised `[B, channels, *size]` with the batch, dtype and layout of `like`."""
-    batch = like.shape[0]
-    if channels_last(like):
-        return like.new_empty_strided(*_channels_last_layout(batch, channels, tuple(size)))
-    return like.new_empty((batch, channels, *size))
+    layout = _layout_like(like.shape, like.stride(), channels, tuple(size))
+    if layout is None:
+        return like.new_empty((like.shape[0], channels, *size))
+    return like.new_empty_strided(*layout)
+
+
+@memoize
+def _layout_like(
+    shape: Sequence[int], strides: Sequence[int], channels: int, size: Ints
+) -> tuple[Ints, Ints] | None:
+    """(shape, strides) of what answers to such an activation, if channels last; None: contiguous."""
+    if _suggests_channels_last(shape, strides):
+        return _channels_last_layout(shape[0], channels, size)
+    return None
 
 
 @memoize

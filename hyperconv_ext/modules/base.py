@@ -310,7 +310,12 @@ class HyperConvNd(nn.Module, ABC):
     def _operands(self) -> tuple[Tensor, functional.Kernel]:
         """(A, phi or the MLP whose output it is) of the next forward pass."""
         mlp = self._mlp() if self._modules.get("weight_norm") is None else None
-        return self.kernel(track=True) if mlp is None else (self.coefficients, mlp)
+        return self.kernel(track=True) if mlp is None else (self._parameter("coefficients"), mlp)
+
+    def _parameter(self, name: str) -> Any:
+        """As an attribute, found at once where no parametrization has taken its place."""
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
 
     def _convolve(self, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
         """The layer's output for the padded `input`; `spaces` as `functional.convolve` takes them."""
@@ -320,7 +325,7 @@ class HyperConvNd(nn.Module, ABC):
             self._batched(input) if last else input,
             *self._operands(),
             self.kernel_size,
-            self.bias,
+            self._parameter("bias"),
             spaces,
             self.groups,
             self.backend,

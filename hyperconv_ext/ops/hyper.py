@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, planner
-from ..autocast import autocast_dtype, for_autocast
+from ..autocast import for_autocast
 from ..geometry import Geometry
 from ..problem import Plan
 from . import mlp as mlp_operators
+from . import sharding
 from .convolution import (
     BASIS,
     COEFFICIENTS,
@@ -43,7 +43,6 @@ from .registry import (
     transforming,
     untraced,
 )
-from .sharding import distributed
 
 _SCHEMA = (
     "hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates, Tensor[] weights, "
@@ -144,7 +143,7 @@ def hyper_conv(
     backend = planner.resolve(backend, algorithm, *numbers)
     compute = None
     if backend != "reference" and not coordinates.requires_grad and not exporting():
-        if autocast_dtype(input.device) is not None:
+        if torch._C._is_any_autocast_enabled():
             input, coefficients = for_autocast(input), for_autocast(coefficients)
             bias = None if bias is None else for_autocast(bias)
         choice = (transposed, geometry, backend, algorithm)
@@ -185,7 +184,7 @@ def _computation(
     algorithm: str,
 ) -> _Compute | None:
     """(x, A, *MLP, bias) -> (y, phi): the operator, or what is behind it; None: compose the parts."""
-    if distributed((input, *mlp.weights)):
+    if sharding.in_use() and sharding.distributed((input, *mlp.weights)):
         return None
     if torch.compiler.is_compiling():  # the operator has rules for the transforms under compilation
         return partial(_call, transposed, geometry, backend, algorithm)
@@ -214,12 +213,7 @@ def _fused(plan: Plan, shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _C
         return None
     widths = (shapes[0][1], *(shape[0] for shape in shapes))
     engine = mlp_operators.engine(widths, dtype, plan.problem.device, plan.backend)
-    return None if engine is None else partial(_run, engine, plan)
-
-
-@untraced
-def _run(engine: ModuleType, plan: Plan, *operands: Any) -> tuple[Tensor, Tensor]:
-    return engine.hyper_conv_fwd(plan, *operands)
+    return None if engine is None else partial(untraced(engine.hyper_conv_fwd), plan)
 
 
 def _call(
@@ -262,7 +256,7 @@ def _kernel(
     mlp = (coordinates, weights, biases, activation)
     whole = plan if plan is not None and plan.window is None else None
     if whole and mlp_operators.engine_of(coordinates, weights, whole.backend) is not None:
-        return _run(backends.BACKENDS[whole.backend], whole, *tensors, *mlp, bias)
+        return backends.BACKENDS[whole.backend].hyper_conv_fwd(whole, *tensors, *mlp, bias)
     constant = coefficients.shape[2] > weights[-1].shape[0]
     basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp, constant, spelled[-2])
     shaped = basis.view(-1, *geometry.kernel_size)

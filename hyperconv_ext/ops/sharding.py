@@ -29,6 +29,11 @@ _AXES = {
 _BIAS_INDEX = {GRAD: "out", INPUT: "in"}
 
 
+def in_use() -> bool:
+    """Whether there can be a DTensor."""
+    return _dtensor is not None
+
+
 def distributed(tensors: Sequence[Tensor]) -> bool:
     """Whether one of them is a DTensor. Operators that take lists have no sharding strategy."""
     return _dtensor is not None and any(isinstance(tensor, _dtensor) for tensor in tensors)
