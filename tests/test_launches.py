@@ -153,6 +153,7 @@ def _host_seconds(works: list[Callable[[], object]]) -> list[float]:
 
 
 @needs("cuda")
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", _HOST_LIMITS)
 def test_host_time(phase: str, device) -> None:
     """Where the host executes the kernels they are only counted: all else is what a GPU's host does."""
