@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -112,6 +112,21 @@ def test_compile_is_one_graph(backend: str, weight_norm: str | None, device, com
     actual = torch.autograd.grad(output, leaves, cotangent)
     for one, other in zip(actual, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_graph_holds_the_operator(backend: str, device, compiler) -> None:
+    """Not the convolution of W, to which exported programs are reduced."""
+    conv = HyperConv2d(4, 6, 3, backend=backend, device=device)
+    targets: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(conv, fullgraph=True, backend=record)(torch.randn(1, 4, 7, 6, device=device))
+    assert any("hyperconv_ext" in target for target in targets)
+    assert not any("conv2d" in target or "convolution" in target for target in targets)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
