@@ -16,8 +16,6 @@ from ..geometry import Geometry
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         with without_autocast(a.device):
@@ -50,8 +48,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     PyTorch's own would form its gradients in autocast's dtype in a backward pass inside autocast, also
     where the forward pass was outside. Convolutions, in the place of one of which it stands, do not.
     """
-    if a.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return a @ b  # compiled backward passes are free of autocast
+    # Compiled backward passes are free of autocast; those of a transform are as its forward pass was.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or a.is_meta:
+        return a @ b
+    if torch._C._are_functorch_transforms_active():
+        with without_autocast(a.device):
+            return a @ b
     return _Product.apply(a, b)
 
 

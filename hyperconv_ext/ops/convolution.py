@@ -211,7 +211,7 @@ def _execute(
     return run(slot, plan, tensors, bias, geometry)
 
 
-def _call(
+def call(
     slot: int,
     geometry: Geometry,
     backend: str,
@@ -294,7 +294,7 @@ def _below_autograd(
     if can_skip_dispatch(tensors if bias is None else (bias, *tensors)):
         return _execute(slot, geometry, backend, algorithm, bias, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(slot, geometry, backend, algorithm, bias, *tensors)
+        return call(slot, geometry, backend, algorithm, bias, *tensors)
 
 
 def form(
@@ -307,7 +307,7 @@ def form(
 ) -> Tensor:
     """dS/d(slot). Traced by `torch.compile` as the operator, run in eager mode as the Function."""
     if torch.compiler.is_compiling():
-        return _call(slot, geometry, backend, algorithm, bias, *tensors)
+        return call(slot, geometry, backend, algorithm, bias, *tensors)
     if torch.is_grad_enabled() or transforming():
         return BasisConvFunction.apply(slot, geometry, backend, algorithm, bias, *tensors)
     return _below_autograd(slot, geometry, backend, algorithm, bias, *tensors)
@@ -371,7 +371,7 @@ def _register() -> None:
         def autograd(*args: Any, slot: int = slot) -> Tensor:
             tensors, bias, spelled = split_arguments(slot, args)
             geometry = geometry_of(spelled)
-            return BasisConvFunction.record(slot, geometry, *spelled[-2:], bias, *tensors)
+            return BasisConvFunction.apply(slot, geometry, *spelled[-2:], bias, *tensors)
 
         register(_schema(slot), kernel, fake, autograd)
 

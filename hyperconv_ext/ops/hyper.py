@@ -28,6 +28,7 @@ from .convolution import (
     OTHERS,
     basis_conv,
     bias_gradient,
+    call,
     derivative,
     flatten,
     geometry_of,
@@ -149,28 +150,15 @@ def hyper_conv(
         choice = (transposed, geometry, backend, algorithm)
         compute = _computation(input, coefficients, mlp, bias, *choice)
     if compute is None:
-        return _composed(input, coefficients, mlp, bias, geometry, backend, algorithm, transposed)[0]
+        constant = rank > weights[-1].shape[0]
+        basis = mlp_operators.coordinate_mlp(*mlp, constant, backend)
+        shaped = basis.view(-1, *geometry.kernel_size)
+        where = (geometry, backend, algorithm, transposed)
+        return basis_conv(input, coefficients, shaped, bias, *where)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return compute(input, coefficients, *mlp, bias)[0]
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     return HyperConvFunction.apply(compute, choice, activation, *operands)[0]
-
-
-def _composed(
-    input: Tensor,
-    coefficients: Tensor,
-    mlp: Mlp,
-    bias: Tensor | None,
-    geometry: Geometry,
-    backend: str,
-    algorithm: str,
-    transposed: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, phi) by two operators, each of which has the rules of every transform."""
-    basis = mlp_operators.coordinate_mlp(*mlp, coefficients.shape[2] > mlp.weights[-1].shape[0], backend)
-    shaped = basis.view(-1, *geometry.kernel_size)
-    where = (geometry, backend, algorithm, transposed)
-    return basis_conv(input, coefficients, shaped, bias, *where), basis
 
 
 def _computation(
@@ -194,8 +182,8 @@ def _computation(
     offset = () if bias is None else (bias,)
     if not can_skip_dispatch((*tensors, *offset, mlp.coordinates, *mlp.weights, *mlp.biases)):
         engine = mlp_operators.engine_of(mlp.coordinates, mlp.weights, backend)
-        call = partial(_call_below_autograd, transposed, geometry, backend, algorithm)
-        return None if engine is None else call
+        dispatched = partial(_call_below_autograd, transposed, geometry, backend, algorithm)
+        return None if engine is None else dispatched
     plan = plan_of(slot_of(transposed), tensors, geometry, backend, algorithm)
     if plan is None:
         return None
@@ -273,13 +261,17 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
     input, coefficients, coordinates, weights, biases, bias, activation, transposed, *spelled = args
     choice = (transposed, geometry_of(spelled), *spelled[-2:])
-    if transforming():
-        mlp = Mlp(coordinates, weights, biases, activation)
-        geometry, backend, algorithm = choice[1:]
-        return _composed(input, coefficients, mlp, bias, geometry, backend, algorithm, transposed)
+    if transforming():  # each of two operators has the rules of every transform
+        constant = coefficients.shape[2] > weights[-1].shape[0]
+        mlp = (coordinates, weights, biases, activation, constant, spelled[-2])
+        basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp)
+        _, geometry, *names = choice
+        shaped = basis.view(-1, *geometry.kernel_size)
+        convolved = call(slot_of(transposed), geometry, *names, bias, input, coefficients, shaped)
+        return convolved, basis
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     compute = partial(_call_below_autograd, *choice)
-    return HyperConvFunction.record(compute, choice, activation, *operands)
+    return HyperConvFunction.apply(compute, choice, activation, *operands)
 
 
 register(_SCHEMA, _kernel, _fake, _autograd)

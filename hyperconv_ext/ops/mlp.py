@@ -212,7 +212,7 @@ def _register() -> None:
         _, _, weights, biases, _, _ = args
         return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
 
-    forward_rule = partial(_forward, CoordinateMLPFunction.record)
+    forward_rule = partial(_forward, CoordinateMLPFunction.apply)
     register(_SCHEMAS[0], forward_kernel, forward_fake, forward_rule)
     register(_SCHEMAS[1], backward_kernel, backward_fake, backward)
 

@@ -64,15 +64,17 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """The function of `args`, recorded."""
-        if torch._C._are_functorch_transforms_active():
+        if not torch._C._are_functorch_transforms_active():
+            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        if not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORM):
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-    @classmethod
-    def record(cls, *args: Any) -> Any:
-        """The same in an operator's autograd rule, which a transform calls when it is at its level."""
+        # In an operator's autograd rule, which a transform calls when it is at its level.
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+# Excluded once the innermost transform has seen what is called.
+_TRANSFORM = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 
 def transforming() -> bool:
