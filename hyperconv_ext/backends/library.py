@@ -13,9 +13,12 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..geometry import Geometry
+from ..transforms import in_rule
 
 
 class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         with without_autocast(a.device):
@@ -48,10 +51,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     PyTorch's own would form its gradients in autocast's dtype in a backward pass inside autocast, also
     where the forward pass was outside. Convolutions, in the place of one of which it stands, do not.
     """
-    # Compiled backward passes are free of autocast; those of a transform are as its forward pass was.
+    # Compiled backward passes are free of autocast.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or a.is_meta:
         return a @ b
-    if torch._C._are_functorch_transforms_active():
+    if in_rule():  # where the function below cannot be called
         with without_autocast(a.device):
             return a @ b
     return _Product.apply(a, b)

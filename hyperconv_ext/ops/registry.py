@@ -18,6 +18,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.utils import _pytree as pytree
 
 from ..backends.cuda import schemas
+from ..transforms import in_rule
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,15 +67,10 @@ class Function(torch.autograd.Function):
         """The function of `args`, recorded."""
         if not torch._C._are_functorch_transforms_active():
             return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        if not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORM):
+        if not in_rule():
             return super().apply(*args)
-        # In an operator's autograd rule, which a transform calls when it is at its level.
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-
-# Excluded once the innermost transform has seen what is called.
-_TRANSFORM = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 
 def transforming() -> bool:
