@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -165,12 +164,10 @@ def coordinate_mlp(
     if torch.compiler.is_compiling():
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
         return operator(coordinates, list(weights), list(biases), activation, constant, backend)
-    operands = (coordinates, weights, biases, activation, constant, backend)
-    return _forward(CoordinateMLPFunction.apply, *operands)
+    return _forward(coordinates, weights, biases, activation, constant, backend)
 
 
 def _forward(
-    record: Callable[..., Tensor],
     coordinates: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -182,7 +179,8 @@ def _forward(
     if engine_of(coordinates, weights, backend) is None:
         function = _function(coordinates, activation, constant, layers)
         return function(*weights, *biases)
-    return record(activation, constant, backend, layers, coordinates, *weights, *biases)
+    operands = (coordinates, *weights, *biases)
+    return CoordinateMLPFunction.apply(activation, constant, backend, layers, *operands)
 
 
 def _register() -> None:
@@ -212,8 +210,7 @@ def _register() -> None:
         _, _, weights, biases, _, _ = args
         return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
 
-    forward_rule = partial(_forward, CoordinateMLPFunction.apply)
-    register(_SCHEMAS[0], forward_kernel, forward_fake, forward_rule)
+    register(_SCHEMAS[0], forward_kernel, forward_fake, _forward)
     register(_SCHEMAS[1], backward_kernel, backward_fake, backward)
 
 

@@ -186,6 +186,6 @@ def keep_operators() -> Iterator[None]:
 
 def exporting() -> bool:
     """Whether a program is being recorded that must not need this package."""
-    # Not is_exporting(), which the Dynamo of torch 2.10 takes for true in torch.compile.
+    # Not is_exporting(), which the Dynamo of torch 2.10 and 2.11 takes for true in torch.compile.
     recording = torch.compiler._is_exporting_flag or torch.jit.is_tracing()
     return recording and not _operators_kept
