@@ -39,8 +39,10 @@ BINDING = [
 ]
 VARIANTS = {
     "plain": ["-O2", "-g1"],
-    "address": ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"],
-    "undefined": ["-O1", "-g", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "sanitized": [
+        *("-O1", "-g", "-fno-omit-frame-pointer"),
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    ],
 }
 JOBS = 2
 
@@ -105,15 +107,14 @@ def library(
 
 def preload(variant: str) -> dict[str, str]:
     """Environment in which python can load the libraries of a variant."""
-    if variant == "address":
+    if variant == "sanitized":
         # libstdc++ too: the sanitizer looks for the functions it replaces when it starts.
         needed = [_library_path(name) for name in ("libasan.so", "libstdc++.so.6")]
         return {
             "LD_PRELOAD": " ".join(needed),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-    if variant == "undefined":
-        return {"UBSAN_OPTIONS": "print_stacktrace=1"}
     return {}
 
 

@@ -53,7 +53,9 @@ def basis_conv(
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "leaky_relu": lambda h: F.leaky_relu(h, LEAKY_SLOPE),
+    "leaky_relu": lambda h: torch.where(
+        h > 0, h, LEAKY_SLOPE * h
+    ),  # F's is none for DTensors of torch 2.10
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
