@@ -19,7 +19,8 @@ from learning_trials import CURVE_POINTS, FIXED, KINDS, TASKS, TWIN, Result, Tri
 
 TOLERANCE = 0.005  # of the goal, in accuracy
 WIDE_KERNEL = 7  # from here on the layer shall be ahead in most cells
-ERRORS_SHOWN = (1e-4, 2.0)  # what diverged has none, and the twin's falls to that of rounding
+# What figures show of errors and losses: those of a run that diverges grow, the twin's fall to rounding.
+SHOWN = {"mnist": (1e-3, 5.0), "regression": (1e-4, 2.0)}
 STYLE: Any = {
     "svg.hashsalt": "hyperconv_ext",
     "svg.fonttype": "none",
@@ -105,7 +106,7 @@ class Point:
 
     @property
     def diverged(self) -> bool:
-        """The loss of a seed was not finite."""
+        """That of a seed did."""
         return any(run.result.diverged for run in self.runs)
 
     def _beyond(self, score: float, limit: float) -> bool:
@@ -239,19 +240,31 @@ def write_report(runs: Sequence[Run], folder: Path, quick: bool) -> list[Path]:
     return [summary, *written]
 
 
+_HEADER = [
+    "cell",
+    "layer",
+    "twin's best rate",
+    "twin at it",
+    "layer at it",
+    "layer's best rate",
+    "layer at that",
+]
 _QUICK = "**Quick look: too few images, steps and seeds to conclude anything from.**"
 
 
-def _heading(group: Sequence[Run], title: str) -> str:
+def _heading(group: Sequence[Run], grid: Grid, title: str) -> str:
     trial = group[0].trial
     seeds = len({run.trial.seed for run in group})
     diverged = sum(run.result.diverged for run in group)
     hours = sum(run.result.seconds for run in group) / 3600
+    points = [point for kinds in grid.values() for own in kinds.values() for point in own.values()]
+    short = sum(len(point.runs) < seeds for point in points)
+    lacking = f" **Not finished: {short} of {len(points)} points lack seeds.**" if short else ""
     images = f"{trial.train:,} training and {trial.test:,} held-out images, " if trial.train else ""
     return (
         f"## {title}\n\n{images}{trial.steps:,} steps of {trial.batch_size}, seeds: {seeds}, "
         f"device {trial.device}, backend {trial.backend}, hyperconv_ext {trial.version}: "
-        f"{len(group):,} runs ({diverged} diverged), {hours:.1f} hours of computing."
+        f"{len(group):,} runs ({diverged} diverged), {hours:.1f} hours of computing.{lacking}"
     )
 
 
@@ -266,7 +279,13 @@ def _mnist_section(group: Sequence[Run], grid: Grid, name: str) -> str:
         f"every seed of the twin trains (above {TRAINED['mnist']:.0%}) and one of the layer diverges or "
         f"ends near chance (below {FAILED['mnist']:.0%})."
     )
-    parts = [_heading(group, "MNIST"), _goals(verdicts), key, _mnist_table(verdicts), _pictures(name)]
+    parts = [
+        _heading(group, grid, "MNIST"),
+        _goals(verdicts),
+        key,
+        _mnist_table(verdicts),
+        _pictures(name),
+    ]
     return "\n\n".join(parts)
 
 
@@ -317,7 +336,6 @@ def _most(answers: Sequence[bool]) -> str:
 
 
 def _mnist_table(verdicts: Sequence[Verdict]) -> str:
-    header = ["cell", "layer", "twin's best rate", "twin", "layer there", "own best rate", "layer there"]
     rows = [
         [
             verdict.cell.title,
@@ -331,7 +349,7 @@ def _mnist_table(verdicts: Sequence[Verdict]) -> str:
         ]
         for verdict in verdicts
     ]
-    return _table([*header, "fails"], rows)
+    return _table([*_HEADER, "fails"], rows)
 
 
 def _marked(point: Point, met: bool | None) -> str:
@@ -344,7 +362,6 @@ def _rates(rates: Sequence[float]) -> str:
 
 def _regression_section(group: Sequence[Run], grid: Grid, name: str) -> str:
     verdicts = judge(grid)
-    header = ["cell", "layer", "twin's best rate", "twin", "layer there", "own best rate", "layer there"]
     rows = [
         [
             verdict.cell.title,
@@ -361,11 +378,12 @@ def _regression_section(group: Sequence[Run], grid: Grid, name: str) -> str:
     ]
     key = (
         "A bank of random dense filters, all frequencies alike, from its answers to white noise. "
-        "Squared error of the weights relative to the bank's square (1: learnt nothing), mean ± standard "
-        "deviation over seeds. A hyper-convolution has rank N + 1 over the taps: 'least' is the error of "
-        "the best bank of this rank (singular value decomposition), which no training can pass. 'Fails' "
-        "are the learning rates at which every seed of the twin trains (error below "
-        f"{TRAINED['regression']:g}) and one of the layer diverges or ends above {FAILED['regression']:g}."
+        "Squared error of the weights relative to the bank's square (1: learnt nothing), mean ± "
+        "standard deviation over seeds. A hyper-convolution has rank N + 1 over the taps: 'least' is "
+        "the error of the best bank of this rank (singular value decomposition), which no training can "
+        "pass. 'Fails' are the learning rates at which every seed of the twin trains (error below "
+        f"{TRAINED['regression']:g}) and one of the layer diverges or ends above "
+        f"{FAILED['regression']:g}."
     )
     goals = _table(
         ["goal", *(KINDS[kind].label for kind in KINDS if any(v.kind == kind for v in verdicts))],
@@ -380,8 +398,8 @@ def _regression_section(group: Sequence[Run], grid: Grid, name: str) -> str:
             ]
         ],
     )
-    table = _table([*header, "least", "fails"], rows)
-    parts = [_heading(group, "Regression"), goals, key, table, _pictures(name)]
+    table = _table([*_HEADER, "least", "fails"], rows)
+    parts = [_heading(group, grid, "Regression"), goals, key, table, _pictures(name)]
     return "\n\n".join(parts)
 
 
@@ -424,8 +442,9 @@ def _panels(grid: Grid, draw: Callable[[Axes, Cell, bool], None], task: str) -> 
 
 def _legend(figure: Figure, grid: Grid, extra: Sequence[Line2D], quick: bool) -> Figure:
     shown = [kind for kind in KINDS if any(kind in kinds for kinds in grid.values())]
+    columns = 2 if figure.get_figwidth() < 7 else 3
     lines = [Line2D([], [], **_look(kind), label=KINDS[kind].label) for kind in shown]
-    figure.legend(handles=[*lines, *extra], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*lines, *extra], loc="outside lower center", ncols=columns)
     if quick:
         figure.suptitle("quick look, not a result")
     return figure
@@ -443,8 +462,14 @@ def _look(kind: str) -> dict[str, Any]:
 
 _BOUND_LOOK: Any = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 _CROSS_LOOK: Any = {"color": "black", "linestyle": "none", "marker": "x", "markersize": 7}
+_RATES = Line2D([], [], linestyle="none", label="numbers: learning rates")
 _CROSS = Line2D([], [], **_CROSS_LOOK, label="a seed diverged")
 _BOUND = Line2D([], [], **_BOUND_LOOK, label="least error at rank N + 1")
+
+
+def _clip(value: float, task: str) -> float:
+    low, high = SHOWN[task]
+    return min(max(value, low), high)
 
 
 def _draw_rates(grid: Grid, task: str, quick: bool) -> Figure:
@@ -452,7 +477,7 @@ def _draw_rates(grid: Grid, task: str, quick: bool) -> Figure:
     accuracy = task == "mnist"
 
     def shown(score: float) -> float:
-        return 100 * score if accuracy else min(max(score, ERRORS_SHOWN[0]), ERRORS_SHOWN[1])
+        return 100 * score if accuracy else _clip(score, task)
 
     def draw(panel: Axes, cell: Cell, first: bool) -> None:
         for kind, points in grid[cell].items():
@@ -489,7 +514,6 @@ def _bound_line(panel: Axes, kinds: Mapping[str, Points]) -> None:
 
 def _draw_losses(grid: Grid, task: str, quick: bool) -> Figure:
     """The mean loss of the seeds against steps, each kind at its best rate."""
-    accuracy = task == "mnist"
 
     def draw(panel: Axes, cell: Cell, first: bool) -> None:
         for kind, points in grid[cell].items():
@@ -500,14 +524,16 @@ def _draw_losses(grid: Grid, task: str, quick: bool) -> Figure:
                 fmean(curve[index] for curve in curves if index < len(curve))
                 for index in range(len(longest.steps))
             ]
-            look = _look(kind) | {"markevery": CURVE_POINTS // 4, "label": f"rate {chosen.rate:g}"}
-            floor = 0.0 if accuracy else ERRORS_SHOWN[0]
-            panel.plot(longest.steps, [max(mean, floor) for mean in means], **look)
-        panel.legend(fontsize=6.5, loc="best", handlelength=1.5, framealpha=0.6)
+            look = _look(kind) | {"markevery": CURVE_POINTS // 4}
+            panel.plot(longest.steps, [_clip(mean, task) for mean in means], **look)
+            place = (0.03, 0.04 + 0.1 * list(reversed(KINDS)).index(kind))
+            text: Any = {"fontsize": 7, "color": look["color"]}
+            panel.text(*place, f"{chosen.rate:g}", transform=panel.transAxes, **text)
         _bound_line(panel, grid[cell])
         panel.set_yscale("log")
         panel.set_xlabel("steps")
         if first:
-            panel.set_ylabel("cross-entropy" if accuracy else "mean squared error")
+            panel.set_ylabel("cross-entropy" if task == "mnist" else "mean squared error")
 
-    return _legend(_panels(grid, draw, task), grid, [] if accuracy else [_BOUND], quick)
+    extra = [_RATES] if task == "mnist" else [_RATES, _BOUND]
+    return _legend(_panels(grid, draw, task), grid, extra, quick)

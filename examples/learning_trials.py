@@ -105,7 +105,7 @@ class Result:
         score: accuracy on held-out images, or squared error of the bank relative to its own square; None
             where it is not finite.
         bound: the least error at the layer's rank, 0 where it is full; None for MNIST.
-        diverged: a loss was not finite; the run ended there.
+        diverged: a loss was not finite, where the run ended, or a parameter is not in the end.
         steps, losses: the mean loss of the steps up to each of these, since the one before.
         seconds: of training and scoring.
     """
@@ -271,7 +271,7 @@ Curve = tuple[list[int], list[float], bool]
 
 
 def _train(trial: Trial, network: nn.Module, losses: Iterator[Tensor]) -> Curve:
-    """(steps, mean losses up to each, whether one was not finite); these steps alone read the loss."""
+    """(steps, mean losses up to each, whether it diverged); the loss is read at these steps alone."""
     optimizer = OPTIMIZERS[trial.optimizer](network.parameters(), lr=trial.rate)
     points = min(CURVE_POINTS, trial.steps)
     ends = [-(-trial.steps * point // points) for point in range(1, points + 1)]
@@ -288,7 +288,7 @@ def _train(trial: Trial, network: nn.Module, losses: Iterator[Tensor]) -> Curve:
         if not math.isfinite(mean):
             return ends[: len(means)], means, True
         means.append(mean)
-    return ends, means, False
+    return ends, means, not all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
 def _result(score: float, bound: float | None, curve: Curve, trial: Trial, start: float) -> Result:
