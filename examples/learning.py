@@ -246,27 +246,28 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser = build_parser(quick)
     args = parser.parse_args(argv)
     path = args.out / RUNS
+    if not args.report_only and "mnist" in args.tasks and args.mnist is None:
+        parser.error("--mnist: expected the folder of MNIST's files, got none; or --tasks regression")
+    prepare(args)
     try:
-        if not args.report_only:
-            if "mnist" in args.tasks and args.mnist is None:
-                parser.error(
-                    "--mnist: expected the folder of MNIST's files, got none; or --tasks regression"
-                )
-            prepare(args)
-            done = {run.trial for run in read_runs(path)}
-            trials = plan_trials(args)
-            missing = [trial for trial in trials if trial not in done]
-            print(f"{len(trials)} runs, of which {len(trials) - len(missing)} are in {path}")
-            bar = tqdm(total=len(missing), unit="run")
-            with bar, closing(run_all(missing, args)) as running:
-                for run in append_runs(path, running):
-                    bar.set_postfix_str(
-                        f"{run.trial.task}, {run.trial.kind}, k = {run.trial.kernel_size}"
-                    )
-                    bar.update()
-        files = write_report(read_runs(path), args.out, quick)
+        runs = read_runs(path)
+        trials = [] if args.report_only else plan_trials(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    done = {run.trial for run in runs}
+    missing = [trial for trial in trials if trial not in done]
+    if not args.report_only:
+        print(f"{len(trials)} runs, of which {len(trials) - len(missing)} are in {path}")
+    if missing:
+        bar = tqdm(total=len(missing), unit="run")
+        with bar, closing(run_all(missing, args)) as running:
+            for run in append_runs(path, running):
+                runs.append(run)
+                bar.set_postfix_str(f"{run.trial.task}, {run.trial.kind}, k = {run.trial.kernel_size}")
+                bar.update()
+    if not runs:
+        parser.error(f"--report-only: expected runs in {path}, found none; run without it first")
+    files = write_report(runs, args.out, quick)
     print(*files, sep="\n")
     return files
 

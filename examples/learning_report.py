@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from learning_trials import CURVE_POINTS, FIXED, KINDS, TASKS, TWIN, Result, Trial
+from learning_trials import CURVE_POINTS, FIXED, KINDS, MOMENTUM, TASKS, TWIN, Result, Trial
 
 TOLERANCE = 0.005  # of the goal, in accuracy
 WIDE_KERNEL = 7  # from here on the layer shall be ahead in most cells
@@ -28,9 +28,10 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "font.size": 9,
     "axes.titlesize": 9,
+    "xtick.labelsize": 8,
 }
 MARKERS = "osD^v"
-OPTIMIZER_NAMES = {"sgd": "SGD with momentum", "adam": "Adam"}
+OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam"}
 NORM_NAMES = {"none": "no norm", "batch": "batch norm"}
 # Scores beyond which a run has trained, and those which it has failed without: accuracy of ten classes,
 # error relative to that of a bank of zeros.
@@ -217,8 +218,6 @@ def judge(grid: Grid) -> list[Verdict]:
 
 def write_report(runs: Sequence[Run], folder: Path, quick: bool) -> list[Path]:
     """`summary.md` and the figures, PNG and SVG, in `folder`."""
-    if not runs:
-        raise ValueError(f"runs: expected results in {folder}, found none; run without --report-only")
     written = []
     sections = ["# Learning like the convolution it replaces", *([_QUICK] if quick else [])]
     names: dict[str, int] = {}
@@ -264,7 +263,8 @@ def _heading(group: Sequence[Run], grid: Grid, title: str) -> str:
     return (
         f"## {title}\n\n{images}{trial.steps:,} steps of {trial.batch_size}, seeds: {seeds}, "
         f"device {trial.device}, backend {trial.backend}, hyperconv_ext {trial.version}: "
-        f"{len(group):,} runs ({diverged} diverged), {hours:.1f} hours of computing.{lacking}"
+        f"{len(group):,} runs ({diverged} diverged), {hours:.1f} hours of computing. "
+        f"SGD has momentum {MOMENTUM:g}.{lacking}"
     )
 
 
@@ -467,6 +467,12 @@ _CROSS = Line2D([], [], **_CROSS_LOOK, label="a seed diverged")
 _BOUND = Line2D([], [], **_BOUND_LOOK, label="least error at rank N + 1")
 
 
+def _power(rate: float) -> str:
+    """`1e-4`, shorter than `0.0001`."""
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def _clip(value: float, task: str) -> float:
     low, high = SHOWN[task]
     return min(max(value, low), high)
@@ -493,7 +499,7 @@ def _draw_rates(grid: Grid, task: str, quick: bool) -> Figure:
         _bound_line(panel, grid[cell])
         panel.set_xscale("log")
         ticks = sorted({rate for points in grid[cell].values() for rate in points})
-        panel.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        panel.set_xticks(ticks, [f"{rate:g}" if rate >= 1e-3 else _power(rate) for rate in ticks])
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("learning rate")
         if not accuracy:
