@@ -11,44 +11,23 @@ On the CPU a run is repeatable for a given seed and number of threads. scikit-le
 from __future__ import annotations
 
 import argparse
-import gzip
-import math
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from common import CLASSES, Data, add_run_options, load_mnist, positive, prepare
 from hyperconv_ext import HyperConv2d
-from hyperconv_ext.planner import BACKEND_NAMES
 
-CLASSES = 10
 WIDTHS = (16, 32)
 HELD_OUT = 0.25
-IMAGES_MAGIC = 2051
-LABELS_MAGIC = 2049
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images `[N, 1, H, W]`, float32 in [0, 1], and labels `[N]`, int64."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-    def to(self, device: torch.device) -> Data:
-        """The same data there."""
-        return Data(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -76,63 +55,6 @@ def load_digits() -> Data:
     )
     arrays = (train_images, train_labels, test_images, test_labels)
     return Data(*map(torch.from_numpy, arrays))
-
-
-def read_idx(path: Path, magic: int) -> Tensor:
-    """The uint8 array of one gzipped idx file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not gzip, its magic number is another, or its length contradicts its header.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a gzipped idx file, found none; put it there")
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole gzip file, got {error}; fetch it again") from error
-    header = 4 + 4 * (magic & 0xFF)  # the magic number's last byte counts the axes
-    if len(content) < header:
-        raise ValueError(
-            f"{path}: expected an idx header of {header} bytes, got {len(content)} bytes; fetch it again"
-        )
-    found, *shape = struct.unpack_from(f">{header // 4}I", content)
-    if found != magic:
-        raise ValueError(
-            f"{path}: expected the magic number {magic}, got {found}; check the file's name"
-        )
-    expected, got = math.prod(shape), len(content) - header
-    if got != expected:
-        raise ValueError(
-            f"{path}: expected {expected} bytes of data for shape {shape}, got {got}; fetch it again"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
-
-
-def load_mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images `[N, 1, H, W]` and labels `[N]` of part `'train'` or `'t10k'`.
-
-    Raises:
-        FileNotFoundError, ValueError: from `read_idx`.
-        ValueError: the two files disagree in length, or a label is no digit.
-    """
-    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", IMAGES_MAGIC)
-    path = folder / f"{part}-labels-idx1-ubyte.gz"
-    labels = read_idx(path, LABELS_MAGIC).long()
-    if len(labels) != len(images):
-        raise ValueError(
-            f"{path}: expected {len(images)} labels, one per image, got {len(labels)}; "
-            f"take both files from one set"
-        )
-    largest = max(labels.tolist(), default=None)
-    if largest is None or largest >= CLASSES:
-        raise ValueError(f"{path}: expected labels 0 to {CLASSES - 1}, got {largest}; check the file")
-    return images[:, None].float() / 255, labels
-
-
-def load_mnist(folder: Path) -> Data:
-    """MNIST's 60,000 training and 10,000 held-out images."""
-    return Data(*load_mnist_part(folder, "train"), *load_mnist_part(folder, "t10k"))
 
 
 def build_network(convolution: Callable[..., nn.Module], kernel_size: int) -> nn.Sequential:
@@ -203,17 +125,8 @@ def run_twin(
     return Result(reached, count_parameters(layers), count_parameters([network]), seconds)
 
 
-def positive(text: str) -> int:
-    """An integer of 1 or more, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         description="Train a CNN of HyperConv2d beside its nn.Conv2d twin on handwritten digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -223,9 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=32, help="images per step")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
     parser.add_argument("--kernel-size", type=positive, default=5, help="of every convolution")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batch order")
-    parser.add_argument("--device", type=torch.device, default=default_device, help="where to train")
-    parser.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="of HyperConv2d")
+    add_run_options(parser)
     return parser
 
 
@@ -241,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """Train both twins, print the table and return it by convolution."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    prepare(args)
     try:
         data = load_mnist(args.mnist) if args.mnist else load_digits()
     except (OSError, ValueError) as error:
