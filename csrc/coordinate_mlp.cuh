@@ -48,25 +48,35 @@ __device__ __forceinline__ float activation_slope(float h, const MlpArguments& p
   return 1.0f;
 }
 
+// The output of a layer whose W h + b is `h`; its derivative by that.
+__device__ __forceinline__ float layer_output(float h, bool linear, const MlpArguments& p) {
+  return linear ? h : activate(p.gain * h, p);
+}
+__device__ __forceinline__ float layer_slope(float h, bool linear, const MlpArguments& p) {
+  return linear ? 1.0f : p.gain * activation_slope(p.gain * h, p);
+}
+
 // What a warp keeps of a tap, in shared memory: row 0 the coordinates, row n + 1 the output of layer n.
 // The features alone: two rows in turn.
 struct Features {
   float row[2][kMaxWidth];
 
   __device__ float* value(int n) { return row[n % 2]; }
-  __device__ void keep(const MlpArguments& p, int n, int o, float h) { value(n)[o] = activate(h, p); }
+  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear) {
+    value(n)[o] = layer_output(h, linear, p);
+  }
 };
 
-// Every row, and the derivatives of its activations.
+// Every row, and its derivatives by W h + b of its layer.
 struct Trace {
   float row[kMaxLayers + 1][kMaxWidth];
   float slope[kMaxLayers + 1][kMaxWidth];
   float delta[2][kMaxWidth];
 
   __device__ float* value(int n) { return row[n]; }
-  __device__ void keep(const MlpArguments& p, int n, int o, float h) {
-    row[n][o] = activate(h, p);
-    slope[n][o] = activation_slope(h, p);
+  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear) {
+    row[n][o] = layer_output(h, linear, p);
+    slope[n][o] = layer_slope(h, linear, p);
   }
 };
 
@@ -81,12 +91,13 @@ __device__ void evaluate(const MlpArguments& p, int k, Kept& kept) {
     const T* weight = static_cast<const T*>(p.weight[n]);
     const T* bias = static_cast<const T*>(p.bias[n]);
     const float* inputs = kept.value(n);
+    const bool linear = p.linear_output && n == p.layers - 1;
     for (int o = lane; o < p.widths[n + 1]; o += 32) {
       float h = ptx::to_float(bias[o]);
       for (int i = 0; i < p.widths[n]; ++i) {
         h += ptx::to_float(weight[o * p.widths[n] + i]) * inputs[i];
       }
-      kept.keep(p, n + 1, o, h);
+      kept.keep(p, n + 1, o, h, linear);
     }
     __syncwarp();
   }

@@ -33,7 +33,7 @@ struct Operand {
   int channels;  // per group
 };
 
-// The coordinate MLP. widths[0] is D, widths[n + 1] the features of layer n.
+// The coordinate MLP, of activated layers act(gain * (W h + b)). widths[0] is D, widths[n + 1] the features of layer n.
 constexpr int kMaxLayers = 8, kMaxWidth = 64;
 
 enum class Activation { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
@@ -45,7 +45,9 @@ struct MlpArguments {
   int widths[kMaxLayers + 1];
   int layers, taps;
   Activation activation;
-  float slope;  // of the leaky ReLU
+  float slope;         // of the leaky ReLU
+  float gain;
+  bool linear_output;  // the last layer is W h + b
 };
 
 // Banded matrices and rearranged coefficients, written by one small launch before the others.

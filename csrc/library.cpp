@@ -224,7 +224,8 @@ void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
 }
 
 MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>& weights,
-                           const std::vector<Tensor>& biases, int64_t activation, double slope) {
+                           const std::vector<Tensor>& biases, int64_t activation, double slope,
+                           double weight_gain, bool linear_output) {
   MlpArguments p = {};
   STD_TORCH_CHECK(!weights.empty() && weights.size() <= kMaxLayers, "weights: expected 1 to ",
                   kMaxLayers, " layers, got ", weights.size());
@@ -253,6 +254,8 @@ MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>&
                   activation);
   p.activation = static_cast<Activation>(activation);
   p.slope = static_cast<float>(slope);
+  p.gain = static_cast<float>(weight_gain);
+  p.linear_output = linear_output;
   return p;
 }
 
@@ -324,10 +327,11 @@ void basis_conv_bwd_input(Tensor grad, Tensor coefficients, Tensor basis, std::o
 void hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates,
                     std::vector<Tensor> weights, std::vector<Tensor> biases,
                     std::optional<Tensor> bias, Tensor output, Tensor basis, Tensor workspace,
-                    int64_t activation, double slope, Tensor plan, int64_t groups, bool transposed,
-                    bool tf32, bool aligned) {
+                    int64_t activation, double slope, double weight_gain, bool linear_output,
+                    Tensor plan, int64_t groups, bool transposed, bool tf32, bool aligned) {
   Generator generator;
-  generator.mlp = mlp_arguments(coordinates, weights, biases, activation, slope);
+  generator.mlp = mlp_arguments(coordinates, weights, biases, activation, slope, weight_gain,
+                                linear_output);
   generator.wide = weights[0].scalar_type() == ScalarType::Float;
   if (!generator.wide) expect_like("weights", weights[0], input);
   const int features = generator.mlp.widths[generator.mlp.layers];
@@ -406,8 +410,10 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
 }
 
 void coordinate_mlp_fwd(Tensor coordinates, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                        Tensor basis, int64_t activation, double slope, bool constant) {
-  const MlpArguments p = mlp_arguments(coordinates, weights, biases, activation, slope);
+                        Tensor basis, int64_t activation, double slope, double weight_gain,
+                        bool linear_output, bool constant) {
+  const MlpArguments p = mlp_arguments(coordinates, weights, biases, activation, slope, weight_gain,
+                                       linear_output);
   expect_float("basis", basis);
   expect_room("basis", basis, static_cast<int64_t>(p.widths[p.layers] + constant) * p.taps);
   const DeviceScope scope(coordinates);
@@ -418,8 +424,10 @@ void coordinate_mlp_fwd(Tensor coordinates, std::vector<Tensor> weights, std::ve
 
 void coordinate_mlp_bwd(Tensor grad, Tensor coordinates, std::vector<Tensor> weights,
                         std::vector<Tensor> biases, std::vector<Tensor> weight_gradients,
-                        std::vector<Tensor> bias_gradients, int64_t activation, double slope) {
-  const MlpArguments p = mlp_arguments(coordinates, weights, biases, activation, slope);
+                        std::vector<Tensor> bias_gradients, int64_t activation, double slope,
+                        double weight_gain, bool linear_output) {
+  const MlpArguments p = mlp_arguments(coordinates, weights, biases, activation, slope, weight_gain,
+                                       linear_output);
   expect_float("grad", grad);
   expect_room("grad", grad, static_cast<int64_t>(p.widths[p.layers]) * p.taps);
   expect("weight_gradients", "tensors", p.layers, weight_gradients.size());

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,27 @@ def integer(name: str, value: Any, minimum: int | None = None) -> int:
     if minimum is not None and number < minimum:
         raise ValueError(f"{name}: expected {expected}, got {value!r}; pass {minimum} or more")
     return number
+
+
+def positive_number(name: str, value: Any) -> float:
+    """`value`, a finite number above 0 of Python or NumPy, as a float.
+
+    Raises:
+        TypeError: it is no number. A tensor is none: nothing would differentiate by it.
+        ValueError: it is not above 0, or not finite.
+    """
+    is_number = isinstance(value, (Real, torch.SymFloat, torch.SymInt))
+    if not is_number or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a positive number, got {value!r}; pass a float")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}; pass a finite one above 0")
+    return float(value)
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}; pass True or False")
 
 
 def integers(value: Any) -> tuple[int, ...] | None:

@@ -180,8 +180,9 @@ def compile_mlp(width: int, capability: int) -> list[Compiled]:
     weights = [torch.empty(b, a) for a, b in pairwise(widths)]
     biases = [torch.empty(b) for b in widths[1:]]
     with _compiling(capability) as compiled:
-        launch.coordinate_mlp_fwd(torch.empty(49, 2), weights, biases, "leaky_relu", True)
-        launch.coordinate_mlp_bwd(torch.empty(5, 49), torch.empty(49, 2), weights, biases, "gelu")
+        mlp = (torch.empty(49, 2), weights, biases)
+        launch.coordinate_mlp_fwd(*mlp, "leaky_relu", 0.5, False, True)
+        launch.coordinate_mlp_bwd(torch.empty(5, 49), *mlp, "gelu", 0.5, False)
     return [_row(name, f"width {width}", "", capability, result) for name, result in compiled]
 
 
@@ -220,8 +221,8 @@ def compile_all(capability: int) -> list[Compiled]:
     return rows
 
 
-# Bytes of local memory that a kernel without a loop of products may use: Triton 3.6 spills 24 of the
-# widest MLP's backward pass on sm_100, once for each tap.
+# Bytes of local memory that a kernel without a loop of products may use: Triton 3.6 spills up to so many
+# of the widest MLP's backward pass, once for each tap.
 SPARED = 24
 
 

@@ -44,7 +44,7 @@ def _convolution(channels: int = 16) -> tuple[Problem, tiles.Tile, tuple[Tensor,
 
 def _mlp() -> Tensor:
     weights, biases = [torch.randn(3, 2)], [torch.randn(3)]
-    return launch.coordinate_mlp_fwd(torch.randn(9, 2), weights, biases, "tanh", True)
+    return launch.coordinate_mlp_fwd(torch.randn(9, 2), weights, biases, "tanh", 1.0, False, True)
 
 
 def test_the_error_of_other_code_is_neither_reported_nor_cleared(runtime: ctypes.CDLL) -> None:

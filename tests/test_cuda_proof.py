@@ -64,7 +64,7 @@ OPS_INDEX = {op: OPS.index(op) for op in RUNS.values()}
 def mlp_error() -> float:
     """Relative error of the fused MLP's gradients."""
     weights, biases = [torch.randn(16, 2), torch.randn(4, 16)], [torch.randn(16), torch.randn(4)]
-    operands = (torch.randn(5, 25), torch.randn(25, 2), weights, biases, "tanh")
+    operands = (torch.randn(5, 25), torch.randn(25, 2), weights, biases, "tanh", 1.0, False)
     actual = launch.coordinate_mlp_bwd(*operands)
     truth = mlp.backward(*operands, "reference")
     return _worst([relative_error(a, t.double()) for a, t in zip(actual, truth, strict=True)])

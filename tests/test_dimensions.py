@@ -466,14 +466,14 @@ def test_signatures_and_docstrings(dims: int, transposed: bool) -> None:
     basis_conv, hyper_conv = (getattr(functional, f"{kind}_{name}") for kind in ("basis", "hyper"))
     spaces, choice = SPACES[transposed], ("backend", "algorithm")
     assert tuple(inspect.signature(basis_conv).parameters) == (*OPERANDS, *spaces, *choice)
-    mlp = ("weights", "biases", "kernel_size", "bias")
+    mlp, constants = ("weights", "biases", "kernel_size", "bias"), ("weight_gain", "linear_output")
     assert tuple(inspect.signature(hyper_conv).parameters) == (
         *("input", "coefficients", *mlp, *spaces),
-        *("activation", "coordinates", *choice),
+        *("activation", *constants, "coordinates", *choice),
     )
     for function in (basis_conv, hyper_conv):
         for parameter in inspect.signature(function).parameters.values():
-            keyword = parameter.name in (*choice, "activation", "coordinates")
+            keyword = parameter.name in (*choice, "activation", *constants, "coordinates")
             assert parameter.kind is (
                 parameter.KEYWORD_ONLY if keyword else parameter.POSITIONAL_OR_KEYWORD
             )

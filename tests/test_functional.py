@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,6 +181,19 @@ HYPER_ONLY: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weights": lambda old: [w.long() for w in old]}, T, "weights[0]: …got torch.int64; "),
     ({"activation": "swish"}, V, "activation: expected one of leaky_relu, …got 'swish'; pass"),
     ({"coordinates": "polar"}, V, "coordinates: expected …'unit', got 'polar'; pass"),
+    ({"weight_gain": 0}, V, "weight_gain: expected a positive number, got 0; pass a finite one"),
+    ({"weight_gain": -0.5}, V, "weight_gain: expected a positive number, got -0.5; pass a finite one"),
+    ({"weight_gain": math.inf}, V, "weight_gain: expected a positive number, got inf; pass a finite"),
+    ({"weight_gain": math.nan}, V, "weight_gain: expected a positive number, got nan; pass a finite"),
+    ({"weight_gain": "2"}, T, "weight_gain: expected a positive number, got '2'; pass a float"),
+    ({"weight_gain": True}, T, "weight_gain: expected a positive number, got True; pass a float"),
+    (
+        {"weight_gain": torch.ones(())},
+        T,
+        "weight_gain: expected a positive number, got tensor(1.); pass",
+    ),
+    ({"linear_output": 1}, T, "linear_output: expected a bool, got 1; pass True or False"),
+    ({"linear_output": None}, T, "linear_output: expected a bool, got None; pass True or False"),
 ]
 
 
@@ -221,19 +237,36 @@ def test_a_named_algorithm_is_used_by_auto(device) -> None:
         functional.basis_conv2d(**_tensors(device, torch.float64), algorithm="basis")
 
 
-def _basis(weights: list[Tensor], biases: list[Tensor], size: tuple[int, int], constant: bool) -> Tensor:
+# (weight_gain, linear_output)
+SETTINGS = [(1.0, False), (0.3, False), (1.0, True), (0.3, True)]
+
+
+def _basis(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    size: tuple[int, int],
+    constant: bool,
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
+) -> Tensor:
     """phi of the default MLP, written out."""
     axes = [torch.arange(n, dtype=torch.float64, device=weights[0].device) - (n - 1) / 2 for n in size]
     hidden = torch.cartesian_prod(*axes)
-    for weight, offset in zip(weights, biases, strict=True):
-        hidden = F.leaky_relu(hidden @ weight.T + offset, 0.1)
+    for number, (weight, offset) in enumerate(zip(weights, biases, strict=True), 1):
+        if linear_output and number == len(weights):
+            hidden = hidden @ weight.T + offset
+        else:
+            hidden = F.leaky_relu(hidden @ (weight_gain * weight.T) + weight_gain * offset, 0.1)
     basis = hidden.T.unflatten(1, size)
     return torch.cat([basis, torch.ones_like(basis[:1])]) if constant else basis
 
 
 @pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("backend", ["auto", "reference", "composite"])
-def test_hyper_conv2d_is_basis_conv2d_of_the_mlp(backend: str, constant: bool, device) -> None:
+def test_hyper_conv2d_is_basis_conv2d_of_the_mlp(
+    backend: str, settings: tuple[float, bool], constant: bool, device
+) -> None:
     arguments = _mlp(device, torch.float64)
     size = tuple(arguments.pop("kernel_size"))
     if constant:
@@ -243,15 +276,39 @@ def test_hyper_conv2d_is_basis_conv2d_of_the_mlp(backend: str, constant: bool, d
     for leaf in leaves:
         leaf.requires_grad_()
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "backend": backend}
+    chosen = dict(zip(("weight_gain", "linear_output"), settings, strict=True))
     actual = functional.hyper_conv2d(
-        weights=weights, biases=biases, kernel_size=size, **arguments, **geometry
+        weights=weights, biases=biases, kernel_size=size, **arguments, **geometry, **chosen
     )
-    basis = _basis(weights, biases, size, constant)
+    basis = _basis(weights, biases, size, constant, *settings)
     expected = functional.basis_conv2d(basis=basis, **arguments, **geometry)
     torch.testing.assert_close(actual, expected)
     cotangent = torch.randn_like(expected)
     gradients = [torch.autograd.grad(y, leaves, cotangent) for y in (actual, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("linear_output", [False, True])
+def test_an_mlp_of_one_layer(linear_output: bool, device) -> None:
+    """A lone linear layer gives affine functions of the coordinates, to which the gain means nothing."""
+    arguments = _mlp(device, torch.float64)
+    weights, biases = [torch.randn(3, 2).to(arguments["input"])], [torch.randn(3).to(arguments["input"])]
+    size = tuple(arguments["kernel_size"])
+    arguments |= {"weights": weights, "biases": biases}
+    settings = {"weight_gain": 0.3, "linear_output": linear_output}
+    actual = functional.hyper_conv2d(**arguments, **settings)
+    tensors = {name: arguments[name] for name in ("input", "coefficients", "bias")}
+    tensors["basis"] = _basis(weights, biases, size, False, 0.3, linear_output)
+    torch.testing.assert_close(actual, _dense(tensors))
+
+
+@pytest.mark.parametrize("gain", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=type)
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
+def test_every_number_is_a_gain(backend: str, gain: Any, device) -> None:
+    arguments = _mlp(device)
+    results = [functional.hyper_conv2d(**arguments, weight_gain=g, backend=backend) for g in (gain, 0.5)]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], functional.hyper_conv2d(**arguments, backend=backend))
 
 
 @pytest.mark.parametrize("weight_bias", [False, True])

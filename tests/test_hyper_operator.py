@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -50,7 +51,7 @@ def test_equals_its_parts(backend: str, case: Case, transposed: bool, device, po
             input = input[:, :1].expand(-1, case.out_channels, -1, -1)
         input = lay_out(input, "channels_last")
         network = _network(case.rank - constant, 2, dtype, device)
-        basis = ops.coordinate_mlp(taps, *network, "tanh", constant, backend)
+        basis = ops.coordinate_mlp(taps, *network, "tanh", 0.3, transposed, constant, backend)
         given = (input, coefficients, basis.view(-1, *case.kernel), None)
         if transposed:
             spaces = (case.stride, case.padding, 0, case.groups, case.dilation)
@@ -67,6 +68,8 @@ def test_equals_its_parts(backend: str, case: Case, transposed: bool, device, po
             None,
             *arguments,
             activation="tanh",
+            weight_gain=0.3,
+            linear_output=transposed,
             coordinates=taps,
             backend=backend,
         )
@@ -83,16 +86,104 @@ def test_phi(backend: str, activation: str, device, poisoned) -> None:
     assert torch.equal(basis, expected) and basis.shape == (5, 12)
 
 
+# (weight_gain, linear_output)
+SETTINGS = [(0.3, False), (1.0, True), (0.3, True)]
+
+
+def _hyper_convolution(
+    transposed: bool, constant: bool, settings: tuple[float, bool], device
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A convolution of (backend, input, A, weights..., biases...), and such operands."""
+    function = functional.hyper_conv_transpose2d if transposed else functional.hyper_conv2d
+    options = dict(zip(("weight_gain", "linear_output"), settings, strict=True))
+    weights, biases = _network(4, 2, torch.float32, device)
+    input, coefficients = torch.randn(1, 3, 6, 7, device=device), torch.randn(5, 3, 4 + constant)
+    if transposed:
+        coefficients = coefficients.transpose(0, 1).contiguous()
+
+    def run(backend: str, input: Tensor, coefficients: Tensor, *mlp: Tensor) -> Tensor:
+        operands = (input, coefficients, mlp[:3], mlp[3:], (3, 2))
+        return function(*operands, activation="sine", backend=backend, **options)
+
+    return run, [input, coefficients.to(device), *weights, *biases]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+@every_fused_backend
+def test_weight_gain_and_linear_output(
+    backend: str, constant: bool, transposed: bool, settings: tuple[float, bool], device, poisoned
+) -> None:
+    """The output and every gradient, within a few times the error of building W in float32."""
+    run, tensors = _hyper_convolution(transposed, constant, settings, device)
+
+    def results(name: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        output = run(name, *leaves)
+        if name == backend:
+            assert type(output.grad_fn).__name__ == "HyperConvFunctionBackward"
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    with precision_of_the_framework(device):
+        actual, own = results(backend, torch.float32), results("reference", torch.float32)
+    truth = results("reference", torch.float64)
+    for number, (ours, theirs, exact) in enumerate(zip(actual, own, truth, strict=True)):
+        allowed = 4 * relative_error(theirs, exact) + 2.0**-21
+        assert relative_error(ours, exact) <= allowed, f"tensor {number}"
+
+
+@pytest.mark.parametrize("backend", ["reference", "composite", *FUSED])
+def test_weight_gain_and_linear_output_compiled(backend: str, device) -> None:
+    run, tensors = _hyper_convolution(False, True, (0.3, True), device)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = []
+    with precision_of_the_framework(device):
+        for function in (compiled, run):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            output = function(backend, *leaves)
+            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["reference", "composite", *FUSED])
+def test_weight_gain_and_linear_output_transformed(backend: str, device) -> None:
+    """Forward mode, and a second derivative: those of the reference."""
+    run, tensors = _hyper_convolution(False, True, (0.3, True), device)
+    directions = [torch.randn_like(t) for t in tensors]
+
+    def results(name: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [[t.to(dtype) for t in many] for many in (tensors, directions)]
+
+        def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
+            leaves = [t if t.requires_grad else t.requires_grad_() for t in operands]
+            loss = run(name, *leaves).square().sum()
+            return torch.autograd.grad(loss, leaves, create_graph=True)
+
+        _, along = torch.func.jvp(lambda *t: run(name, *t), *map(tuple, given))
+        leaves = [t.clone().requires_grad_() for t in given[0]]
+        first = gradient(*leaves)
+        total = sum((g * d).sum() for g, d in zip(first, given[1], strict=True))
+        return [along, *torch.autograd.grad(total, leaves)]
+
+    with precision_of_the_framework(device):
+        actual = results(backend, torch.float32)
+    for number, pair in enumerate(zip(actual, results("reference", torch.float64), strict=True)):
+        assert relative_error(*pair) < 2.0**-16, f"tensor {number}"
+
+
 def _operator(layer: HyperConv2d, input: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.hyperconv_ext.hyper_conv_fwd(*_operands(layer, input))
 
 
 def _operands(layer: HyperConv2d, input: Tensor) -> tuple[object, ...]:
     _, g = layer.geometry(input)
-    coordinates, weights, biases, activation = layer.hypernet.operator(layer.taps)
+    coordinates, weights, biases, *settings = layer.hypernet.operator(layer.taps)
     lists = (g.input_size, g.output_size, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
     tensors = (input, layer.coefficients, coordinates, weights, biases, layer.bias)
-    return (*tensors, activation, layer.transposed, *lists, layer.backend, "auto")
+    return (*tensors, *settings, layer.transposed, *lists, layer.backend, "auto")
 
 
 def _gradients(layer, input: Tensor, second: bool) -> list[Tensor]:
@@ -132,8 +223,12 @@ def test_gradients(backend: str, kind, second: bool, device) -> None:
 def test_opcheck(backend: str, device) -> None:
     layer = HyperConv2d(3, 4, (3, 2), activation="tanh", backend=backend, device=device)
     input = torch.randn(1, 3, 5, 6, device=device, requires_grad=True)
+    *operands, _, _, transposed = (given := _operands(layer, input))[:10]
     torch.library.opcheck(
-        torch.ops.hyperconv_ext.hyper_conv_fwd.default, _operands(layer, input), atol=1e-2, rtol=1e-2
+        torch.ops.hyperconv_ext.hyper_conv_fwd.default,
+        (*operands, 0.3, True, transposed, *given[10:]),
+        atol=1e-2,
+        rtol=1e-2,
     )
 
 

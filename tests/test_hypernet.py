@@ -27,6 +27,9 @@ WIDTHS = ((2, 16, 16, 4), (2, 5), (1, 7, 1, 3), (3, 64, 33))
 LARGEST = ((64, 64), (2, *(64,) * 8), (3, 9, 16, 1, 33, 8, 5, 12, 4))
 # A few roundings beside twice PyTorch's float32 error: values are O(1) and single sums can be exact.
 FEW_EPS = 8 * 2.0**-23
+# (weight_gain, linear_output)
+SETTINGS = [(0.3, False), (1.0, True), (0.3, True)]
+PLAIN = (1.0, False)
 every_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 needs_cuda_library = needs("cuda")
@@ -117,13 +120,15 @@ def _split(mlp: CoordinateMLP) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
 
 
-def _phi(activation: str, constant: bool, backend: str) -> Callable[..., Tensor]:
+def _phi(
+    activation: str, constant: bool, backend: str, settings: tuple[float, bool] = PLAIN
+) -> Callable[..., Tensor]:
     """phi as a function of coordinates and (weights..., biases...)."""
 
     def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
         layers = len(parameters) // 2
         weights, biases = parameters[:layers], parameters[layers:]
-        return ops.coordinate_mlp(coordinates, weights, biases, activation, constant, backend)
+        return ops.coordinate_mlp(coordinates, weights, biases, activation, *settings, constant, backend)
 
     return function
 
@@ -140,27 +145,35 @@ def _compare(measure: Callable[..., list[Tensor]], tensors: list[Tensor], backen
         assert error <= allowed, f"result {index}: relative error {error:.2e} > {allowed:.2e}"
 
 
-def _draw(widths: tuple[int, ...], activation: str, taps: int, device) -> list[Tensor]:
-    """[coordinates, weights..., biases...]."""
+def _draw(
+    widths: tuple[int, ...], activation: str, taps: int, device, gain: float = 1.0
+) -> list[Tensor]:
+    """[coordinates, weights..., biases...]; the latter as they are stored for a weight gain."""
     weights, biases = _split(_mlp(widths, activation, device))
     coordinates = torch.randn(taps, widths[0], device=device)
-    return [coordinates, *(p.detach() for p in (*weights, *biases))]
+    return [coordinates, *(p.detach() / gain for p in (*weights, *biases))]
 
 
-def _check_value_and_gradients(activation: str, widths: tuple[int, ...], backend: str, device) -> None:
+def _check_value_and_gradients(
+    activation: str,
+    widths: tuple[int, ...],
+    backend: str,
+    device,
+    settings: tuple[float, bool] = PLAIN,
+) -> None:
     assert planner.mlp_backend(widths, "float32", backends.describe(device), backend) == (backend, "")
     for taps, constant in ((1, True), (7, False), (49, True)):
         cotangent = torch.randn(widths[-1] + constant, taps, device=device)
 
         def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
             leaves = [p.clone().requires_grad_() for p in parameters]
-            basis = _phi(activation, constant, name)(coordinates, *leaves)  # noqa: B023
+            basis = _phi(activation, constant, name, settings)(coordinates, *leaves)  # noqa: B023
             gradients = torch.autograd.grad(basis, leaves, cotangent.to(basis.dtype))  # noqa: B023
             # A layer's two as one: a lone bias may be the difference of far larger terms.
             pairs = zip(gradients[: len(leaves) // 2], gradients[len(leaves) // 2 :], strict=True)
             return [basis.detach(), *(torch.cat([w, b.unsqueeze(1)], 1) for w, b in pairs)]
 
-        _compare(measure, _draw(widths, activation, taps, device), backend)
+        _compare(measure, _draw(widths, activation, taps, device, settings[0]), backend)
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
@@ -172,6 +185,69 @@ def test_fused_value_and_gradients(
     _check_value_and_gradients(activation, widths, backend, device)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+@every_activation
+@every_fused_backend
+def test_fused_weight_gain_and_linear_output(
+    backend: str, activation: str, settings: tuple[float, bool], device, poisoned
+) -> None:
+    for widths in ((2, 6, 5, 4), (2, 5)):
+        _check_value_and_gradients(activation, widths, backend, device, settings)
+
+
+def _written_out(
+    coordinates: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+    settings: tuple[float, bool],
+    constant: bool,
+) -> Tensor:
+    """phi of an MLP whose weights and biases are multiplied by the gain before they are used."""
+    gain, linear_output = settings
+    hidden = coordinates
+    for number, (weight, offset) in enumerate(zip(weights, biases, strict=True), 1):
+        if linear_output and number == len(weights):
+            hidden = nn.functional.linear(hidden, weight, offset)
+        else:
+            hidden = ACTIVATIONS[activation](nn.functional.linear(hidden, gain * weight, gain * offset))
+    return torch.cat([hidden.T, torch.ones_like(hidden.T[:1])]) if constant else hidden.T
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("settings", [PLAIN, *SETTINGS])
+@every_activation
+@pytest.mark.parametrize("backend", ["reference", "composite"])
+def test_weight_gain_and_linear_output_written_out(
+    backend: str, activation: str, settings: tuple[float, bool], constant: bool, device
+) -> None:
+    tensors = [t.double() for t in _draw((2, 6, 5, 4), activation, 9, device)]
+    results = []
+    for written in (True, False):
+        coordinates, *leaves = [t.clone().requires_grad_() for t in tensors]
+        if written:
+            basis = _written_out(coordinates, leaves[:3], leaves[3:], activation, settings, constant)
+        else:
+            basis = _phi(activation, constant, backend, settings)(coordinates, *leaves)
+        gradients = torch.autograd.grad(basis.square().sum(), [coordinates, *leaves])
+        results.append([basis, *gradients])
+    torch.testing.assert_close(*results)
+
+
+@every_fused_backend
+def test_the_gain_is_one_of_the_parameters(backend: str, device) -> None:
+    """Stored 1/gain times as large they give the same function, with a gradient gain times as large."""
+    coordinates, *parameters = _draw((2, 6, 4), "tanh", 9, device)
+    gain, results = 4.0, []
+    for factor in (1.0, gain):
+        leaves = [(p / factor).requires_grad_() for p in parameters]
+        basis = _phi("tanh", True, backend, (factor, False))(coordinates, *leaves)
+        results.append([basis, *torch.autograd.grad(basis.square().sum(), leaves)])
+    (basis, *gradients), (same, *larger) = results
+    torch.testing.assert_close(same, basis)
+    torch.testing.assert_close(larger, [gain * gradient for gradient in gradients])
+
+
 @needs_cuda_library
 @pytest.mark.parametrize("widths", LARGEST, ids=str)
 @every_activation
@@ -179,10 +255,13 @@ def test_as_large_as_cuda_takes(activation: str, widths: tuple[int, ...], device
     _check_value_and_gradients(activation, widths, "cuda", device)
 
 
+@pytest.mark.parametrize("settings", [PLAIN, (0.3, True)])
 @every_activation
 @every_fused_backend
-def test_fused_second_derivatives(backend: str, activation: str, device) -> None:
-    tensors = _draw((2, 6, 4), activation, 9, device)
+def test_fused_second_derivatives(
+    backend: str, activation: str, settings: tuple[float, bool], device
+) -> None:
+    tensors = _draw((2, 6, 4), activation, 9, device, settings[0])
     cotangent, *directions = (
         torch.randn(shape, device=device) for shape in [(5, 9), *(t.shape for t in tensors[1:])]
     )
@@ -190,7 +269,7 @@ def test_fused_second_derivatives(backend: str, activation: str, device) -> None
     def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         leaves = [p.clone().requires_grad_() for p in parameters]
         v = cotangent.to(leaves[0].dtype).requires_grad_()
-        basis = _phi(activation, True, name)(coordinates, *leaves)
+        basis = _phi(activation, True, name, settings)(coordinates, *leaves)
         first = torch.autograd.grad(basis, leaves, v, create_graph=True)
         along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
         return list(torch.autograd.grad(along, [v, *leaves], materialize_grads=True))
@@ -198,17 +277,18 @@ def test_fused_second_derivatives(backend: str, activation: str, device) -> None
     _compare(measure, tensors, backend)
 
 
+@pytest.mark.parametrize("settings", [PLAIN, (0.3, True)])
 @every_activation
 @every_fused_backend
-def test_fused_forward_mode(backend: str, activation: str, device) -> None:
-    tensors = _draw((2, 6, 4), activation, 9, device)
+def test_fused_forward_mode(backend: str, activation: str, settings: tuple[float, bool], device) -> None:
+    tensors = _draw((2, 6, 4), activation, 9, device, settings[0])
     directions = [torch.randn_like(t) for t in tensors[1:]]
 
     def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         tangents = tuple(d.to(coordinates.dtype) for d in directions)
 
         def phi(*p: Tensor) -> Tensor:
-            return _phi(activation, True, name)(coordinates, *p)
+            return _phi(activation, True, name, settings)(coordinates, *p)
 
         # Of all parameters, and of the last weight alone: the other tangents are then None.
         last = len(parameters) // 2 - 1
@@ -223,16 +303,17 @@ def test_fused_forward_mode(backend: str, activation: str, device) -> None:
     _compare(measure, tensors, backend)
 
 
+@pytest.mark.parametrize("settings", [PLAIN, (0.3, True)])
 @every_fused_backend
-def test_fused_gradients_per_example(backend: str, device) -> None:
-    tensors = _draw((2, 6, 4), "silu", 9, device)
+def test_fused_gradients_per_example(backend: str, settings: tuple[float, bool], device) -> None:
+    tensors = _draw((2, 6, 4), "silu", 9, device, settings[0])
     count = 3
     stacks = [torch.randn(count, *t.shape, device=device) for t in tensors[1:]]
     cotangent = torch.randn(5, 9, device=device)
 
     def measure(name: str, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
         def loss(*p: Tensor) -> Tensor:
-            return (_phi("silu", True, name)(coordinates, *p) * cotangent).sum()
+            return (_phi("silu", True, name, settings)(coordinates, *p) * cotangent).sum()
 
         gradient = torch.func.grad(loss, argnums=tuple(range(len(parameters))))
         return list(torch.func.vmap(gradient)(*parameters))
@@ -298,14 +379,15 @@ def test_cuda_leaves_a_ninth_layer_to_pytorch(device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("settings", [PLAIN, (0.3, True)])
 @pytest.mark.parametrize("constant", [False, True])
 @every_fused_backend
-def test_opcheck(backend: str, constant: bool, device) -> None:
+def test_opcheck(backend: str, constant: bool, settings: tuple[float, bool], device) -> None:
     weights, biases = _split(_mlp((2, 6, 4), "tanh", device))
     coordinates = tap_coordinates((3, 4), "centered", device)
     grad = torch.randn(4 + constant, 12, device=device, requires_grad=True)
     operators = torch.ops.hyperconv_ext
-    parameters = (weights, biases, "tanh")
+    parameters = (weights, biases, "tanh", *settings)
     torch.library.opcheck(
         operators.coordinate_mlp_fwd.default, (coordinates, *parameters, constant, backend)
     )

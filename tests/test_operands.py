@@ -185,7 +185,9 @@ def test_parameters_of_different_dtypes(backend: str, narrow: str, device) -> No
         weights, biases = [leaves["weight_0"], leaves["weight_1"]], [leaves["bias_0"], leaves["bias_1"]]
         options = {"activation": "tanh", "coordinates": leaves["coordinates"], "backend": backend}
         output = functional.hyper_conv2d(input, coefficients, weights, biases, (3, 2), **options)
-        basis = ops.coordinate_mlp(leaves["coordinates"], weights, biases, "tanh", True, backend)
+        basis = ops.coordinate_mlp(
+            leaves["coordinates"], weights, biases, "tanh", 1.0, False, True, backend
+        )
         parameters = [*weights, *biases]
         gradients = torch.autograd.grad(output.sum() + basis.square().sum(), parameters)
         assert [g.dtype for g in gradients] == [p.dtype for p in parameters]
@@ -216,7 +218,7 @@ def test_the_mlp_alone(backend: str, layout: str, device) -> None:
     tensors = [t.to(device) for t in (torch.randn(4, 6), torch.randn(6, 2), *weights, *biases)]
 
     def run(grad: Tensor, coordinates: Tensor, *parameters: Tensor) -> list[Tensor]:
-        mlp = (coordinates, list(parameters[:2]), list(parameters[2:]), "sine")
+        mlp = (coordinates, list(parameters[:2]), list(parameters[2:]), "sine", 0.5, False)
         return [engine.coordinate_mlp_fwd(*mlp, True), *engine.coordinate_mlp_bwd(grad, *mlp)]
 
     for index in range(len(tensors)):

@@ -69,15 +69,23 @@ def coordinate_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     constant: bool,
 ) -> Tensor:
     """phi of the coordinate MLP: linear layers, each followed by the activation.
+
+    A layer with weight W and bias b computes act(weight_gain * (W h + b)): the gain at run time of an
+    equalized learning rate (Karras et al., ICLR 2018). Parameters stored 1/weight_gain times as large
+    give the same function, which a step of gradient descent on them moves weight_gain**2 times as far.
 
     Args:
         coordinates: `[K, D]`.
         weights: per layer `[features, previous features]`.
         biases: per layer `[features]`.
         activation: a key of `ACTIVATIONS`.
+        weight_gain: what the weights and biases of the activated layers are multiplied by.
+        linear_output: the last layer computes W h + b, without activation and gain.
         constant: append the constant function 1, the basis of the last layer's bias.
 
     Returns:
@@ -85,7 +93,10 @@ def coordinate_mlp(
     """
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     hidden = coordinates.to(dtype)
-    for weight, offset in zip(weights, biases, strict=True):
-        hidden = ACTIVATIONS[activation](product(hidden, weight.to(dtype).t()) + offset.to(dtype))
+    last = len(weights) - 1
+    for index, (weight, offset) in enumerate(zip(weights, biases, strict=True)):
+        hidden = product(hidden, weight.to(dtype).t()) + offset.to(dtype)
+        if index < last or not linear_output:
+            hidden = ACTIVATIONS[activation](hidden if weight_gain == 1 else weight_gain * hidden)
     basis = hidden.T
     return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis

@@ -14,6 +14,7 @@ from ..backends.reference import ACTIVATIONS
 from ..caching import memoize
 from ..checks import (
     Meta,
+    check_bool,
     check_coordinates,
     check_mlp,
     check_name,
@@ -24,6 +25,7 @@ from ..checks import (
     meta,
     metas,
     per_axis,
+    positive_number,
 )
 from ..geometry import Geometry
 from ..taps import check_coordinate_name, taps_beside
@@ -158,11 +160,15 @@ def _mlp(
     biases: Sequence[Tensor],
     kernel_size: int | Sequence[int],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     coordinates: str | Tensor,
 ) -> tuple[ops.Mlp, tuple[int, ...]]:
     """A coordinate MLP, checked, and its kernel size."""
     size = per_axis("kernel_size", kernel_size, dims, 1)
     check_name("activation", activation, tuple(ACTIVATIONS))
+    gain = positive_number("weight_gain", weight_gain)
+    check_bool("linear_output", linear_output)
     like, columns = meta("input", input), meta("coefficients", coefficients)
     check_tensor("input", like)
     check_tensor("coefficients", columns, like.device)
@@ -177,7 +183,7 @@ def _mlp(
         check_coordinate_name(coordinates)
         coordinates = taps_beside(weights[0], size, coordinates, (1.0,) * dims)
     check_coordinates(meta("coordinates", coordinates), size, like)
-    return ops.Mlp(coordinates, weights, biases, activation), size
+    return ops.Mlp(coordinates, weights, biases, activation, gain, linear_output), size
 
 
 def hyper_conv(
@@ -194,12 +200,15 @@ def hyper_conv(
     groups: int = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
     """`hyper_conv1d`, `hyper_conv2d` or `hyper_conv3d`, by the number `dims` of spatial axes."""
-    given = (weights, biases, kernel_size, activation, coordinates)
+    settings = (activation, weight_gain, linear_output)
+    given = (weights, biases, kernel_size, *settings, coordinates)
     mlp, size = _mlp(dims, input, coefficients, *given)
     operands = (dims, input, coefficients, mlp, size, bias, (stride, padding, dilation), groups)
     return convolve(*operands, backend, algorithm)
@@ -220,12 +229,15 @@ def hyper_conv_transpose(
     dilation: int | Sequence[int] = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
     """`hyper_conv_transpose1d`, `2d` or `3d`, by the number `dims` of spatial axes."""
-    given = (weights, biases, kernel_size, activation, coordinates)
+    settings = (activation, weight_gain, linear_output)
+    given = (weights, biases, kernel_size, *settings, coordinates)
     mlp, size = _mlp(dims, input, coefficients, *given)
     spaces = (stride, padding, output_padding, dilation)
     operands = (dims, input, coefficients, mlp, size, bias, spaces, groups)

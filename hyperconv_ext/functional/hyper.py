@@ -23,6 +23,8 @@ def hyper_conv1d(
     groups: int = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -37,6 +39,9 @@ def hyper_conv1d(
         kernel_size: an integer, or (kl).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 1]`, K the number of taps, the kernel's last axis fastest.
 
@@ -55,6 +60,8 @@ def hyper_conv1d(
         dilation,
         groups,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,
@@ -74,6 +81,8 @@ def hyper_conv2d(
     groups: int = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -88,6 +97,9 @@ def hyper_conv2d(
         kernel_size: an integer, or (kh, kw).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 2]`, K the number of taps, the kernel's last axis fastest.
 
@@ -106,6 +118,8 @@ def hyper_conv2d(
         dilation,
         groups,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,
@@ -125,6 +139,8 @@ def hyper_conv3d(
     groups: int = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -139,6 +155,9 @@ def hyper_conv3d(
         kernel_size: an integer, or (kd, kh, kw).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 3]`, K the number of taps, the kernel's last axis fastest.
 
@@ -157,6 +176,8 @@ def hyper_conv3d(
         dilation,
         groups,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,
@@ -177,6 +198,8 @@ def hyper_conv_transpose1d(
     dilation: int | Sequence[int] = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -191,6 +214,9 @@ def hyper_conv_transpose1d(
         kernel_size: an integer, or (kl).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 1]`, K the number of taps, the kernel's last axis fastest.
 
@@ -210,6 +236,8 @@ def hyper_conv_transpose1d(
         groups,
         dilation,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,
@@ -230,6 +258,8 @@ def hyper_conv_transpose2d(
     dilation: int | Sequence[int] = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -244,6 +274,9 @@ def hyper_conv_transpose2d(
         kernel_size: an integer, or (kh, kw).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 2]`, K the number of taps, the kernel's last axis fastest.
 
@@ -263,6 +296,8 @@ def hyper_conv_transpose2d(
         groups,
         dilation,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,
@@ -283,6 +318,8 @@ def hyper_conv_transpose3d(
     dilation: int | Sequence[int] = 1,
     *,
     activation: str = "leaky_relu",
+    weight_gain: float = 1.0,
+    linear_output: bool = False,
     coordinates: str | Tensor = "centered",
     backend: str = "auto",
     algorithm: str = "auto",
@@ -297,6 +334,9 @@ def hyper_conv_transpose3d(
         kernel_size: an integer, or (kd, kh, kw).
         activation: after every layer: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`,
             `'tanh'`, `'sine'`.
+        weight_gain: multiplies the weights and biases of the activated layers: for parameters that
+            are stored 1/weight_gain times as large (an equalized learning rate).
+        linear_output: leave the last layer without activation and weight gain.
         coordinates: `'centered'` or `'unit'`, see `hypernet.tap_coordinates`; or the coordinates
             themselves, `[K, 3]`, K the number of taps, the kernel's last axis fastest.
 
@@ -316,6 +356,8 @@ def hyper_conv_transpose3d(
         groups,
         dilation,
         activation=activation,
+        weight_gain=weight_gain,
+        linear_output=linear_output,
         coordinates=coordinates,
         backend=backend,
         algorithm=algorithm,

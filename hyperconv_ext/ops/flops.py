@@ -36,7 +36,7 @@ def _mlp(coordinates: Tensor, weights: list[Tensor], first: int) -> int:
 
 
 def _hyper_conv(*args: Any) -> int:
-    input, coefficients, coordinates, weights, _, _, _, transposed, *spelled = args
+    input, coefficients, coordinates, weights, _, _, _, _, _, transposed, *spelled = args
     convolved = _convolution(slot_of(transposed), (input, coefficients), spelled)
     return convolved + _mlp(coordinates, weights, 0)
 

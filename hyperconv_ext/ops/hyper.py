@@ -47,8 +47,8 @@ from .registry import (
 
 _SCHEMA = (
     "hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates, Tensor[] weights, "
-    f"Tensor[] biases, Tensor? bias, str activation, bool transposed, {GEOMETRY_SCHEMA}) "
-    "-> (Tensor, Tensor)"
+    "Tensor[] biases, Tensor? bias, str activation, float weight_gain, bool linear_output, "
+    f"bool transposed, {GEOMETRY_SCHEMA}) -> (Tensor, Tensor)"
 )
 
 
@@ -59,6 +59,8 @@ class Mlp(NamedTuple):
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     activation: str
+    weight_gain: float = 1.0
+    linear_output: bool = False
 
 
 def slot_of(transposed: bool) -> int:
@@ -80,7 +82,7 @@ class HyperConvFunction(Function):
         ctx: Any,
         compute: _Compute,
         choice: tuple[bool, Geometry, str, str],
-        activation: str,
+        settings: mlp_operators.Settings,
         bias: Tensor | None,
         input: Tensor,
         coefficients: Tensor,
@@ -88,16 +90,16 @@ class HyperConvFunction(Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layers = len(parameters) // 2
-        mlp = (coordinates, parameters[:layers], parameters[layers:], activation)
+        mlp = (coordinates, parameters[:layers], parameters[layers:], *settings)
         output, basis = compute(input, coefficients, *mlp, bias)
-        ctx.rest = choice, activation, None if bias is None else bias.dtype
+        ctx.rest = choice, settings, None if bias is None else bias.dtype
         ctx.save_for_backward(input, coefficients, coordinates, basis, *parameters)
         ctx.set_materialize_grads(False)
         return output, basis
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        (transposed, geometry, backend, algorithm), activation, bias_dtype = ctx.rest
+        (transposed, geometry, backend, algorithm), settings, bias_dtype = ctx.rest
         input, coefficients, coordinates, basis, *parameters = ctx.saved_tensors
         needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[3:]
         grad, basis_grad = grads
@@ -121,9 +123,8 @@ class HyperConvFunction(Function):
         if basis_grad is not None and any(needs_parameters):
             half = len(parameters) // 2
             layers = parameters[:half], parameters[half:]
-            parameter_grads = mlp_operators.backward(
-                basis_grad, coordinates, *layers, activation, backend
-            )
+            operands: tuple[Any, ...] = (basis_grad, coordinates, *layers, *settings, backend)
+            parameter_grads = mlp_operators.backward(*operands)
         return *(None,) * 3, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
 
 
@@ -138,7 +139,7 @@ def hyper_conv(
     transposed: bool = False,
 ) -> Tensor:
     """`basis_conv` whose phi is that of `mlp`, with the constant function if A has a column for it."""
-    coordinates, weights, biases, activation = mlp
+    coordinates, weights, biases = mlp[:3]
     out_channels, _, rank = coefficients.shape
     numbers = (input.device.type, geometry.taps, out_channels, rank)
     backend = planner.resolve(backend, algorithm, *numbers)
@@ -158,7 +159,7 @@ def hyper_conv(
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return compute(input, coefficients, *mlp, bias)[0]
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
-    return HyperConvFunction.apply(compute, choice, activation, *operands)[0]
+    return HyperConvFunction.apply(compute, choice, mlp[3:], *operands)[0]
 
 
 def _computation(
@@ -215,11 +216,15 @@ def _call(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The registered operator."""
-    operands = (input, coefficients, coordinates, weights, biases, bias, activation, transposed)
-    return torch.ops.hyperconv_ext.hyper_conv_fwd(*operands, *flatten(geometry), backend, algorithm)
+    tensors = (input, coefficients, coordinates, weights, biases, bias)
+    settings = (activation, weight_gain, linear_output)
+    choice = (transposed, *flatten(geometry), backend, algorithm)
+    return torch.ops.hyperconv_ext.hyper_conv_fwd(*tensors, *settings, *choice)
 
 
 def _call_below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -235,13 +240,15 @@ def _kernel(
     biases: list[Tensor],
     bias: Tensor | None,
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     transposed: bool,
     *spelled: Any,
 ) -> tuple[Tensor, Tensor]:
     """In one go where the planned backend evaluates MLPs, else one after the other."""
     slot, tensors, geometry = slot_of(transposed), (input, coefficients), geometry_of(spelled)
     plan = plan_of(slot, tensors, geometry, *spelled[-2:])
-    mlp = (coordinates, weights, biases, activation)
+    mlp = (coordinates, weights, biases, activation, weight_gain, linear_output)
     whole = plan if plan is not None and plan.window is None else None
     if whole and mlp_operators.engine_of(coordinates, weights, whole.backend) is not None:
         return backends.BACKENDS[whole.backend].hyper_conv_fwd(whole, *tensors, *mlp, bias)
@@ -252,18 +259,20 @@ def _kernel(
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    input, coefficients, coordinates, weights, _, _, _, transposed, *spelled = args
+    input, coefficients, coordinates, weights, _, _, _, _, _, transposed, *spelled = args
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     basis = coordinates.new_empty((coefficients.shape[2], coordinates.shape[0]), dtype=dtype)
     return new_output(slot_of(transposed), (input, coefficients), geometry_of(spelled)), basis
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    input, coefficients, coordinates, weights, biases, bias, activation, transposed, *spelled = args
+    input, coefficients, coordinates, weights, biases, bias, *rest = args
+    activation, weight_gain, linear_output, transposed, *spelled = rest
+    settings = (activation, weight_gain, linear_output)
     choice = (transposed, geometry_of(spelled), *spelled[-2:])
     if transforming():  # each of two operators has the rules of every transform
         constant = coefficients.shape[2] > weights[-1].shape[0]
-        mlp = (coordinates, weights, biases, activation, constant, spelled[-2])
+        mlp = (coordinates, weights, biases, *settings, constant, spelled[-2])
         basis = torch.ops.hyperconv_ext.coordinate_mlp_fwd(*mlp)
         _, geometry, *names = choice
         shaped = basis.view(-1, *geometry.kernel_size)
@@ -271,7 +280,7 @@ def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
         return convolved, basis
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     compute = partial(_call_below_autograd, *choice)
-    return HyperConvFunction.apply(compute, choice, activation, *operands)
+    return HyperConvFunction.apply(compute, choice, settings, *operands)
 
 
 register(_SCHEMA, _kernel, _fake, _autograd)

@@ -26,10 +26,12 @@ from .sharding import distributed
 
 _SCHEMAS = (
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, str activation, "
-    "bool constant, str backend) -> Tensor",
+    "float weight_gain, bool linear_output, bool constant, str backend) -> Tensor",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "
-    "str activation, str backend) -> Tensor[]",
+    "str activation, float weight_gain, bool linear_output, str backend) -> Tensor[]",
 )
+
+Settings = tuple[str, float, bool]  # activation, weight_gain, linear_output
 
 
 class CoordinateMLPFunction(Function):
@@ -41,7 +43,7 @@ class CoordinateMLPFunction(Function):
 
     @staticmethod
     def forward(
-        activation: str,
+        settings: Settings,
         constant: bool,
         backend: str,
         layers: int,
@@ -51,11 +53,11 @@ class CoordinateMLPFunction(Function):
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
         weights, biases = parameters[:layers], parameters[layers:]
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(coordinates, weights, biases, activation, constant, backend)
+            return operator(coordinates, weights, biases, *settings, constant, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.activation, ctx.constant, ctx.backend, ctx.layers, *tensors = inputs
+        ctx.settings, ctx.constant, ctx.backend, ctx.layers, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -63,7 +65,7 @@ class CoordinateMLPFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         coordinates, *parameters = ctx.saved_tensors
         weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
-        operands = (grads[0], coordinates, weights, biases, ctx.activation, ctx.backend)
+        operands = (grads[0], coordinates, weights, biases, *ctx.settings, ctx.backend)
         return None, None, None, None, None, *backward(*operands)
 
     @staticmethod
@@ -73,7 +75,7 @@ class CoordinateMLPFunction(Function):
         directions = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
 
         def function(coordinates: Tensor, *parameters: Tensor) -> Tensor:
-            basis = _function(coordinates, ctx.activation, ctx.constant, ctx.layers)
+            basis = _function(coordinates, ctx.settings, ctx.constant, ctx.layers)
             return basis(*parameters)
 
         # The derivative of the vjp by its own (linear) argument is the jvp: no nested forward mode.
@@ -87,14 +89,14 @@ class CoordinateMLPFunction(Function):
 
 
 def _function(
-    coordinates: Tensor, activation: str, constant: bool, layers: int
+    coordinates: Tensor, settings: Settings, constant: bool, layers: int
 ) -> Callable[..., Tensor]:
     """The PyTorch expression of phi as a function of (weights..., biases...)."""
 
     def function(*parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
         with without_autocast(coordinates.device):
-            return reference.coordinate_mlp(coordinates, weights, biases, activation, constant)
+            return reference.coordinate_mlp(coordinates, weights, biases, *settings, constant)
 
     return function
 
@@ -123,17 +125,20 @@ def backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...); differentiable where someone is recording."""
+    settings = (activation, weight_gain, linear_output)
     found = engine_of(coordinates, weights, backend)
     # The batched tensors of `is_grads_batched` cannot be looped over where an operator takes lists.
     batched = torch._C._functorch.is_legacy_batchedtensor(grad)
     if torch.is_grad_enabled() or found is None or batched:
         constant = grad.shape[0] > weights[-1].shape[0]
-        function = _function(coordinates, activation, constant, len(weights))
+        function = _function(coordinates, settings, constant, len(weights))
         return list(torch.func.vjp(function, *weights, *biases)[1](grad))
-    operands = (grad, coordinates, weights, biases, activation)
+    operands = (grad, coordinates, weights, biases, *settings)
     if can_skip_dispatch((grad, coordinates, *weights, *biases)):
         return _run_backward(found, *operands)
     with torch._C._AutoDispatchBelowAutograd():
@@ -150,6 +155,8 @@ def coordinate_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     constant: bool,
     backend: str,
 ) -> Tensor:
@@ -159,12 +166,13 @@ def coordinate_mlp(
     the coordinates, else by PyTorch.
     """
     backend = planner.requested(backend)
+    settings = (activation, weight_gain, linear_output)
     if exporting() or distributed(weights):
-        return _function(coordinates, activation, constant, len(weights))(*weights, *biases)
+        return _function(coordinates, settings, constant, len(weights))(*weights, *biases)
     if torch.compiler.is_compiling():
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
-        return operator(coordinates, list(weights), list(biases), activation, constant, backend)
-    return _forward(coordinates, weights, biases, activation, constant, backend)
+        return operator(coordinates, list(weights), list(biases), *settings, constant, backend)
+    return _forward(coordinates, weights, biases, *settings, constant, backend)
 
 
 def _forward(
@@ -172,15 +180,17 @@ def _forward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     constant: bool,
     backend: str,
 ) -> Tensor:
-    layers = len(weights)
+    settings, layers = (activation, weight_gain, linear_output), len(weights)
     if engine_of(coordinates, weights, backend) is None:
-        function = _function(coordinates, activation, constant, layers)
+        function = _function(coordinates, settings, constant, layers)
         return function(*weights, *biases)
     operands = (coordinates, *weights, *biases)
-    return CoordinateMLPFunction.apply(activation, constant, backend, layers, *operands)
+    return CoordinateMLPFunction.apply(settings, constant, backend, layers, *operands)
 
 
 def _register() -> None:
@@ -201,13 +211,13 @@ def _register() -> None:
         return _run_backward(engine, grad, *operands)
 
     def forward_fake(*args: Any) -> Tensor:
-        coordinates, weights, _, _, constant, _ = args
+        coordinates, weights, *_, constant, _ = args
         shape = (weights[-1].shape[0] + int(constant), coordinates.shape[0])
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
         return coordinates.new_empty(shape, dtype=dtype)
 
     def backward_fake(*args: Any) -> list[Tensor]:
-        _, _, weights, biases, _, _ = args
+        _, _, weights, biases, *_ = args
         return [torch.empty_like(tensor) for tensor in (*weights, *biases)]
 
     register(_SCHEMAS[0], forward_kernel, forward_fake, _forward)

@@ -131,13 +131,16 @@ def hyper_conv_fwd(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(the result of the plan's operator, phi `[R, K]` in float32): two launches, in float16 three."""
     problem, fixed = plan.problem, _fixed_of(plan)
     if problem.dtype == "float16":  # phi is scaled by sums over all taps, which must be there first
         constant = problem.rank > weights[-1].shape[0]
-        basis = coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
+        settings = (activation, weight_gain, linear_output)
+        basis = coordinate_mlp_fwd(coordinates, weights, biases, *settings, constant)
         return _convolve(plan, input, coefficients, basis, bias), basis
     output = _output(plan, input)
     basis = coordinates.new_empty((problem.rank, problem.geometry.taps), dtype=torch.float32)
@@ -153,6 +156,8 @@ def hyper_conv_fwd(
         input.new_empty(fixed.workspace),
         _ACTIVATIONS.index(activation),
         LEAKY_SLOPE,
+        weight_gain,
+        linear_output,
         fixed.numbers,
         problem.geometry.groups,
         problem.op == "basis_conv_bwd_input",
@@ -224,6 +229,8 @@ def coordinate_mlp_fwd(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     constant: bool,
 ) -> Tensor:
     """phi, float32 `[R, K]`, in one launch."""
@@ -236,6 +243,8 @@ def coordinate_mlp_fwd(
         basis,
         _ACTIVATIONS.index(activation),
         LEAKY_SLOPE,
+        weight_gain,
+        linear_output,
         constant,
     )
     return basis
@@ -247,6 +256,8 @@ def coordinate_mlp_bwd(
     weights: list[Tensor],
     biases: list[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, in one launch."""
     kernels, offsets = _layers(weights, biases, weights[0].dtype)
@@ -260,6 +271,8 @@ def coordinate_mlp_bwd(
         *gradients,
         _ACTIVATIONS.index(activation),
         LEAKY_SLOPE,
+        weight_gain,
+        linear_output,
     )
     pairs = zip((*gradients[0], *gradients[1]), (*weights, *biases), strict=True)
     return [gradient.to(parameter.dtype) for gradient, parameter in pairs]

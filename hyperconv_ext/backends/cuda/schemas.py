@@ -2,6 +2,7 @@
 
 _LAUNCH = "Tensor plan, int groups"
 _MODE = "bool tf32, bool aligned"
+_MLP = "int activation, float slope, float weight_gain, bool linear_output"
 
 NAMESPACE = "hyperconv_ext_cuda"
 SCHEMAS = (
@@ -11,14 +12,14 @@ SCHEMAS = (
     f"Tensor(a!) output, Tensor(b!) workspace, {_LAUNCH}, {_MODE}) -> ()",
     "hyper_conv_fwd(Tensor input, Tensor coefficients, Tensor coordinates, Tensor[] weights, "
     "Tensor[] biases, Tensor? bias, Tensor(a!) output, Tensor(b!) basis, "
-    f"Tensor(c!) workspace, int activation, float slope, {_LAUNCH}, bool transposed, {_MODE}) -> ()",
+    f"Tensor(c!) workspace, {_MLP}, {_LAUNCH}, bool transposed, {_MODE}) -> ()",
     "basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor(a!) partial, "
     f"Tensor(b!) workspace, {_LAUNCH}, int splits, bool atomic, {_MODE}) -> ()",
     "basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor? norms, "
     f"Tensor(a!) partial, Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, bool atomic, "
     f"{_MODE}) -> ()",
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, Tensor(a!) basis, "
-    "int activation, float slope, bool constant) -> ()",
+    f"{_MLP}, bool constant) -> ()",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "
-    "Tensor(a!)[] weight_gradients, Tensor(b!)[] bias_gradients, int activation, float slope) -> ()",
+    f"Tensor(a!)[] weight_gradients, Tensor(b!)[] bias_gradients, {_MLP}) -> ()",
 )

@@ -64,8 +64,9 @@ _TAPS = 16  # per program and step of an MLP: the smallest side of a product
 class _Network:
     """A coordinate MLP as the kernels take it."""
 
-    operands: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]  # coordinates, weights, biases
+    operands: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], float]  # the last: the gain
     activation: str
+    linear_output: bool
 
     @classmethod
     def of(
@@ -74,15 +75,19 @@ class _Network:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         activation: str,
+        weight_gain: float,
+        linear_output: bool,
     ) -> _Network:
         kernels = tuple([weight.contiguous() for weight in weights])
         offsets = tuple([bias.contiguous() for bias in biases])
-        return cls((coordinates.contiguous(), kernels, offsets), activation)
+        # A float whatever the caller's number: an integer would be compiled in.
+        operands = (coordinates.contiguous(), kernels, offsets, float(weight_gain))
+        return cls(operands, activation, linear_output)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """(D, features of every layer)."""
-        coordinates, weights, _ = self.operands
+        coordinates, weights, *_ = self.operands
         return (coordinates.shape[1], *[weight.shape[0] for weight in weights])
 
     @property
@@ -200,6 +205,7 @@ def _prepare(
         _codes(sizes),
         widths=network.widths if network else (),
         activation=network.activation if network else "",
+        linear_output=network.linear_output if network else False,
         TP=tile.positions,
         BB=band_block,
         BL=_BAND,
@@ -325,15 +331,18 @@ def hyper_conv_fwd(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(the result of the plan's operator, phi `[R, K]` in float32): two launches, in float16 three."""
+    mlp = (coordinates, weights, biases, activation, weight_gain, linear_output)
     if plan.problem.dtype == "float16" and plan.tile.kernel != "direct":
         # phi is scaled by sums over all taps, which must be there first.
         constant = plan.problem.rank > weights[-1].shape[0]
-        given = coordinate_mlp_fwd(coordinates, weights, biases, activation, constant)
+        given = coordinate_mlp_fwd(*mlp, constant)
         return _convolve(plan, input, coefficients, given, bias)[0], given
-    network = _Network.of(coordinates, weights, biases, activation)
+    network = _Network.of(*mlp)
     output, basis = _convolve(plan, input, coefficients, network, bias)
     return output, cast("Tensor", basis)
 
@@ -434,10 +443,12 @@ def coordinate_mlp_fwd(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
     constant: bool,
 ) -> Tensor:
     """phi, float32 `[R, K]`, in one launch."""
-    network = _Network.of(coordinates, weights, biases, activation)
+    network = _Network.of(coordinates, weights, biases, activation, weight_gain, linear_output)
     taps = coordinates.shape[0]
     basis = coordinates.new_empty((network.widths[-1] + constant, taps), dtype=torch.float32)
     launch(
@@ -448,6 +459,7 @@ def coordinate_mlp_fwd(
         taps,
         network.widths,
         activation,
+        linear_output,
         CONSTANT=constant,
         BW=network.block,
         BK=_TAPS,
@@ -462,9 +474,11 @@ def coordinate_mlp_bwd(
     weights: list[Tensor],
     biases: list[Tensor],
     activation: str,
+    weight_gain: float,
+    linear_output: bool,
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, in one launch."""
-    network = _Network.of(coordinates, weights, biases, activation)
+    network = _Network.of(coordinates, weights, biases, activation, weight_gain, linear_output)
     gradients = [tensor.new_empty(tensor.shape) for tensor in (*weights, *biases)]
     launch(
         mlp_backward_kernel,
@@ -476,6 +490,7 @@ def coordinate_mlp_bwd(
         coordinates.shape[0],
         network.widths,
         activation,
+        linear_output,
         BW=network.block,
         BK=_TAPS,
         num_warps=network.warps,

@@ -69,6 +69,7 @@ def _layer(
     coordinates,
     weights,
     biases,
+    gain,
     k,
     taps,
     widths: tl.constexpr,
@@ -84,7 +85,7 @@ def _layer(
     h = hidden
     for n in tl.static_range(depth + 1):
         if n > 0:
-            hidden = _activate(h, activation)
+            hidden = _activate(gain * h, activation)
         weight = _weight(weights[n], widths[n + 1], widths[n], BW)
         bias = tl.load(biases[n] + i, mask=i < widths[n + 1], other=0.0).to(tl.float32)
         h = tl.dot(hidden, tl.trans(weight), input_precision="ieee") + bias[None, :]
@@ -92,20 +93,33 @@ def _layer(
 
 
 @triton.jit
-def evaluate(mlp, k, taps, widths: tl.constexpr, activation: tl.constexpr, BW: tl.constexpr):
-    """Features [BK, BW] at taps `k` of an MLP (coordinates, weights, biases)."""
+def evaluate(
+    mlp,
+    k,
+    taps,
+    widths: tl.constexpr,
+    activation: tl.constexpr,
+    linear_output: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Features [BK, BW] at taps `k` of an MLP (coordinates, weights, biases, weight gain)."""
     depth: tl.constexpr = len(widths) - 2
-    _, h = _layer(mlp[0], mlp[1], mlp[2], k, taps, widths, depth, activation, BW)
-    return _activate(h, activation)
+    _, h = _layer(mlp[0], mlp[1], mlp[2], mlp[3], k, taps, widths, depth, activation, BW)
+    if not linear_output:
+        h = _activate(mlp[3] * h, activation)
+    return h
 
 
 @triton.jit(do_not_specialize=["taps"])
 def mlp_kernel(
-    mlp,  # coordinates [K, D], per layer weights [features, previous features] and biases [features]
+    # coordinates [K, D], per layer weights [features, previous features] and biases [features], the gain
+    # of the activated layers
+    mlp,
     basis,  # float32 [R, K]
     taps,
     widths: tl.constexpr,
     activation: tl.constexpr,
+    linear_output: tl.constexpr,
     CONSTANT: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
@@ -113,7 +127,7 @@ def mlp_kernel(
     """basis[n, k] = feature n at tap k; one more row of ones if CONSTANT."""
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     features: tl.constexpr = widths[len(widths) - 1]
-    phi = evaluate(mlp, k, taps, widths, activation, BW)
+    phi = evaluate(mlp, k, taps, widths, activation, linear_output, BW)
     n = tl.arange(0, BW)
     valid = (k < taps)[:, None] & (n < features)[None, :]
     tl.store(basis + n[None, :] * taps + k[:, None], phi, mask=valid)
@@ -128,11 +142,13 @@ def mlp_backward_kernel(
     coordinates,
     weights,
     biases,
+    gain,
     weight_gradients,  # per layer, contiguous
     bias_gradients,
     taps,
     widths: tl.constexpr,
     activation: tl.constexpr,
+    linear_output: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -152,9 +168,19 @@ def mlp_backward_kernel(
                 )  # [BK, BW]
                 for above in tl.static_range(layers - target):
                     hidden, h = _layer(
-                        coordinates, weights, biases, k, taps, widths, layers - 1 - above, activation, BW
+                        coordinates,
+                        weights,
+                        biases,
+                        gain,
+                        k,
+                        taps,
+                        widths,
+                        layers - 1 - above,
+                        activation,
+                        BW,
                     )
-                    delta = delta * _slope(h, activation)
+                    if above > 0 or not linear_output:
+                        delta = delta * (gain * _slope(gain * h, activation))
                     if layers - 1 - above == target:
                         weight_gradient += tl.dot(tl.trans(delta), hidden, input_precision="ieee")
                         bias_gradient += tl.sum(delta, axis=0)

@@ -185,6 +185,7 @@ def _write_taps(
     patch_size,
     widths: tl.constexpr,
     activation: tl.constexpr,
+    linear_output: tl.constexpr,
     TP: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
@@ -194,7 +195,7 @@ def _write_taps(
     k = pid * BK + tl.arange(0, BK)
     n = tl.arange(0, BW)
     features: tl.constexpr = widths[len(widths) - 1]
-    phi = evaluate(mlp, k, taps, widths, activation, BW)  # [BK, BW]
+    phi = evaluate(mlp, k, taps, widths, activation, linear_output, BW)  # [BK, BW]
     present = (k < taps)[:, None] & (n < features)[None, :]
     constant = k < tl.where(rank > features, taps, 0)
     tl.store(computed + n[None, :] * taps + k[:, None], phi, mask=present)
@@ -335,7 +336,7 @@ def _write_coefficients(
 )
 def prepare_kernel(
     basis,  # [R, K]; None if an MLP computes it
-    mlp,  # (coordinates [K, D], weights, biases), or None
+    mlp,  # (coordinates [K, D], weights, biases, weight gain), or None
     computed,  # [R, K] or None
     norms,  # float32 [rows, R]: what SCALED coefficients without a basis are scaled by; or None
     scales,  # float32 [R], written: what sums of SCALED factors are to be multiplied by; or None
@@ -355,6 +356,7 @@ def prepare_kernel(
     sizes,  # codes of (in, out) channels per group and the r to write
     widths: tl.constexpr,
     activation: tl.constexpr,
+    linear_output: tl.constexpr,
     TP: tl.constexpr,
     BB: tl.constexpr,
     BL: tl.constexpr,
@@ -371,7 +373,19 @@ def prepare_kernel(
     if pid < tap_programs:
         if mlp is not None:
             _write_taps(
-                mlp, computed, bands, axes, pid, rank, patch_size, widths, activation, TP, BW, BK
+                mlp,
+                computed,
+                bands,
+                axes,
+                pid,
+                rank,
+                patch_size,
+                widths,
+                activation,
+                linear_output,
+                TP,
+                BW,
+                BK,
             )
     elif pid < tap_programs + band_programs:
         if bands is not None:
