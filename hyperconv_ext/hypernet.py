@@ -16,10 +16,21 @@ from . import ops
 from .autocast import without_autocast
 from .backends.library import product
 from .backends.reference import ACTIVATIONS
-from .checks import check_dtype, integer, integers
+from .checks import check_dtype, check_name, integer, integers, positive_number
+from .ops.sharding import replicated, whole
 from .taps import COORDINATES, tap_coordinates
 
-__all__ = ["COORDINATES", "CoordinateMLP", "MLPLayer", "TapBatchNorm", "tap_coordinates"]
+__all__ = [
+    "COORDINATES",
+    "BasisMixing",
+    "CoordinateMLP",
+    "MLPLayer",
+    "TapBatchNorm",
+    "tap_coordinates",
+]
+
+INITIALISATIONS = ("uniform", "he_normal")
+DEPENDENT = 0.02  # of the largest singular value of the features: what is below is rounding
 
 
 def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
@@ -65,32 +76,48 @@ def _watching_every_module() -> bool:
 class MLPLayer(nn.Module):
     """One layer of the MLP, without its activation: x W^T + b.
 
-    It has nn.Linear's parameters and first draw, and is none: what is done to all linear layers of a
-    model (another initialisation, quantisation, adapters) would flatten or break the kernels.
+    It has nn.Linear's parameters and is none: what is done to all linear layers of a model (another
+    initialisation, quantisation, adapters) would flatten or break the kernels.
 
     It computes in float32 for parameters of lower precision.
 
     Args:
         in_features, out_features: widths.
+        weight_bound: the weights are drawn from the uniform distribution over +- this, one number or
+            one per input; None draws them as Keras' `he_normal` does, from a normal distribution of
+            variance 2 / in_features truncated at two deviations.
+        bias_bound: the same of the biases.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, device: Any = None, dtype: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        weight_bound: float | Sequence[float] | None,
+        bias_bound: float,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.weight_bound = weight_bound
+        self.bias_bound = bias_bound
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weight and bias by nn.Linear's rule."""
-        bound = 1 / math.sqrt(self.in_features)
+        """Draw weight and bias by the layer's rule."""
         weight, bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
-        overwrite(self, "weight", nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
-        overwrite(self, "bias", nn.init.uniform_(bias, -bound, bound))
+        if self.weight_bound is None:
+            he_normal_(weight, self.in_features)
+        else:
+            bounds = torch.tensor(self.weight_bound, device=weight.device, dtype=weight.dtype)
+            weight = weight.uniform_(-1, 1) * replicated(bounds, weight)
+        overwrite(self, "weight", weight)
+        overwrite(self, "bias", bias.uniform_(-self.bias_bound, self.bias_bound))
 
     def forward(self, input: Tensor) -> Tensor:
         """`[K, out_features]` of `[K, in_features]`."""
@@ -102,18 +129,34 @@ class MLPLayer(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
+def he_normal_(weight: Tensor, inputs: int) -> Tensor:
+    """Fill `weight` as Keras' initialiser of that name does (He et al., ICCV 2015)."""
+    deviation = math.sqrt(2 / inputs) / 0.87962566103423978  # of the truncated distribution
+    bound = math.erf(math.sqrt(2))  # two deviations
+    return weight.uniform_(-bound, bound).erfinv_().mul_(math.sqrt(2) * deviation)
+
+
 class CoordinateMLP(nn.Module):
     """The MLP from tap coordinates `[K, D]` to features `[K, N]`: linear layers, each activated.
 
-    The last *linear* layer of a hyper-network, features -> weights, is not part of it: those are the
-    layer's coefficients. The published networks (Ma et al., WACV 2022) are D -> 16 -> 16 -> 4 with
-    LeakyReLU(0.1), the defaults here.
+    Layer by layer h <- activation(weight_gain (W h + b)). The last *linear* layer of a hyper-network,
+    features -> weights, is not part of it: those are the layer's coefficients.
 
     Args:
         in_features: D, the number of kernel axes.
         hidden_features: widths of the hidden layers.
         num_features: N, the number of features per tap.
-        activation: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'`, `'tanh'` or `'sine'`.
+        activation: `'sine'`, `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`, `'silu'` or `'tanh'`.
+        frequency: bound of the first layer's weights at the start, times `weight_gain`; for `'sine'` in
+            radians per unit of the coordinates; one number, or one per axis.
+        weight_gain: a constant factor on all weights and biases. They are drawn 1 / weight_gain times as
+            large, so that the features start as they would without it, and a step of gradient descent
+            moves the function weight_gain^2 times as far, one of Adam weight_gain times (the
+            "equalized learning rate" of Karras et al., ICLR 2018).
+        init: `'uniform'`, as Sitzmann et al. (NeurIPS 2020) draw networks of sines: first layer by
+            `frequency`, then +- sqrt(6 / inputs), with phases all around the circle (for other
+            activations, with bends all over the kernel); or `'he_normal'`, biases zero, as the
+            published networks (Ma et al., WACV 2022), which are D -> 16 -> 16 -> 4 with LeakyReLU(0.1).
 
     It is evaluated in float32 for parameters of lower precision, since K x N numbers cost nothing
     and every weight of the layer inherits their error. A fused kernel evaluates it where nobody could
@@ -122,7 +165,8 @@ class CoordinateMLP(nn.Module):
     Weight decay should leave its parameters alone: see `parameter_groups`.
 
     Raises:
-        TypeError, ValueError: a width is not a positive integer, or the activation is unknown.
+        TypeError, ValueError: a width is not a positive integer, a factor not a positive number, or the
+            activation or the rule of initialisation is unknown.
     """
 
     def __init__(
@@ -130,7 +174,10 @@ class CoordinateMLP(nn.Module):
         in_features: int,
         hidden_features: Sequence[int] = (16, 16),
         num_features: int = 4,
-        activation: str = "leaky_relu",
+        activation: str = "sine",
+        frequency: float | Sequence[float] = 6.0,
+        weight_gain: float = 1.0,
+        init: str = "uniform",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -140,20 +187,38 @@ class CoordinateMLP(nn.Module):
         self.in_features = widths[0]
         self.num_features = widths[-1]
         self.activation = activation
-        self.layers = nn.ModuleList(MLPLayer(a, b, device, dtype) for a, b in pairwise(widths))
+        self.weight_gain = weight_gain
+        check_name("init", init, INITIALISATIONS)
+        scales = [positive_number("frequency", one) / self.weight_gain for one in _sequence(frequency)]
+        if len(scales) not in (1, widths[0]):
+            raise ValueError(
+                f"frequency: expected one number, or one for each of {widths[0]} axes, got "
+                f"{frequency!r}; pass so many"
+            )
+        self.layers = nn.ModuleList()
+        for index, (inputs, outputs) in enumerate(pairwise(widths)):
+            bound: float | list[float] | None = None
+            phase = 0.0
+            if init == "uniform":
+                spread = scales if index == 0 else [math.sqrt(6 / inputs) / self.weight_gain]
+                bound = spread[0] if len(spread) == 1 else spread
+                phase = math.pi / self.weight_gain if activation == "sine" else max(spread)
+            self.layers.append(MLPLayer(inputs, outputs, bound, phase, device, dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As nn.Module, but an unknown activation is refused."""
+        """As nn.Module, but an unknown activation is refused, and so is a gain that is no factor."""
         if name == "activation" and value not in ACTIVATIONS:
             raise ValueError(
                 f"activation: expected one of {', '.join(ACTIVATIONS)}, got {value!r}; "
                 f"pass one of these, or any nn.Module as hypernet="
             )
+        if name == "weight_gain":
+            value = positive_number(name, value)
         super().__setattr__(name, value)
 
     def operator(self, coordinates: Tensor) -> ops.Mlp:
         """The network at `coordinates` `[K, D]`, as the operators take it."""
-        return ops.Mlp(coordinates, *self._layer_parameters(), self.activation)
+        return ops.Mlp(coordinates, *self._layer_parameters(), self.activation, self.weight_gain)
 
     def _own_layers(self) -> Any:
         """The layers, from where nn.Module keeps them."""
@@ -192,7 +257,7 @@ class CoordinateMLP(nn.Module):
         return (self.in_features, *(weight.shape[0] for weight in weights))
 
     def basis(self, coordinates: Tensor, constant: bool, backend: str = "auto") -> Tensor:
-        """phi `[R, K]`: the features, and the constant 1 as one more function if `constant`."""
+        """The features `[N, K]`, or `[N + 1, K]` with the constant 1 as one more function."""
         return ops.coordinate_mlp(*self.operator(coordinates), constant, backend)
 
     def forward(self, coordinates: Tensor) -> Tensor:
@@ -210,17 +275,120 @@ class CoordinateMLP(nn.Module):
             if not isinstance(layer, MLPLayer):
                 hidden = hidden.to(floating_dtype(layer, hidden.dtype))
             output = layer(hidden)
-            hidden = activate(output.to(torch.promote_types(output.dtype, torch.float32)))
+            wide = output.to(torch.promote_types(output.dtype, torch.float32))
+            hidden = activate(self.weight_gain * wide)
         return hidden
 
     def reset_parameters(self) -> None:
-        """Draw every layer anew by nn.Linear's rule."""
+        """Draw every layer anew by its rule."""
         for layer in self.layers:
             layer.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
-        """The activation, for `repr`."""
-        return f"activation={self.activation}"
+        """The activation and the gain, for `repr`."""
+        return f"activation={self.activation}, weight_gain={self.weight_gain:.3g}"
+
+
+def _sequence(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)
+
+
+class BasisMixing(nn.Module):
+    """phi = C f + c: the fixed linear map by which the basis functions start orthonormal.
+
+    C and c are buffers: a state that training does not touch, and that loading restores. The engines
+    take them as one more, linear, layer of the MLP.
+
+    Args:
+        num_features: N, the number of features f.
+        constant: the last function is constant, and the others have a mean of 0.
+        layer: whose start depends on C; resetting this resets that, since whoever resets the modules
+            of a model one by one has just drawn other features.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, num_features: int, constant: bool, layer: nn.Module, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        rank = num_features + constant
+        self.constant = constant
+        self.__dict__["_layer"] = layer  # no child of this
+        self.register_buffer("weight", torch.eye(rank, num_features, device=device, dtype=dtype))
+        self.register_buffer("bias", torch.zeros(rank, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Make the rows of phi orthonormal over the taps for these features `[K, N]`.
+
+        Symmetrically (Lowdin 1950): of all orthonormal sets the nearest to the features, once those are
+        freed of their mean and scaled to a length of 1. It is unique, and where the features depend
+        on each other, as on fewer taps than functions, all functions share what they span:
+        phi^T phi is the projection on it.
+        """
+        values = whole(features).detach().to("cpu", torch.float64).T
+        count = values.shape[1]
+        mean = values.mean(1, keepdim=True) if self.constant else values.new_zeros(len(values), 1)
+        centered = values - mean
+        length = centered.norm(dim=1, keepdim=True)
+        inverse = torch.where(length > 1e-6 * values.abs().max(), 1 / length, 0.0)
+        scaled = inverse * centered
+        power, directions = torch.linalg.eigh(scaled @ scaled.T)
+        present = power > DEPENDENT**2 * power.max()
+        root = torch.where(present, power.clamp_min(1e-300).rsqrt(), 0.0)
+        mixing = (directions * root) @ directions.T * inverse.T
+        weight, bias = values.new_zeros(self.weight.shape), values.new_zeros(self.bias.shape)
+        weight[: len(mixing)] = mixing
+        bias[: len(mixing)] = -(mixing @ mean).squeeze(1)
+        if self.constant:
+            bias[-1] = 1 / math.sqrt(count)
+        for name, value in (("weight", weight), ("bias", bias)):
+            target = getattr(self, name)
+            target.copy_(replicated(value.to(whole(target)), target))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """phi `[R, K]` of features `[K, N]`, in float32 at least."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        weight, bias = (replicated(t.to(wide), features) for t in (self.weight, self.bias))
+        return product(weight, features.to(wide).T) + bias.unsqueeze(1)
+
+    def linear(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(weight, bias) beside `like`, a parameter of the MLP; None if a call of this is more."""
+        if not _calls_forward_only(self, BasisMixing):
+            return None
+        buffers = self._buffers
+        weight, bias = buffers["weight"], buffers["bias"]
+        if type(like) is nn.Parameter:
+            return weight, bias  # type: ignore[return-value]
+        return replicated(weight, like), replicated(bias, like)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Draw the layer anew, and fit this to it."""
+        self._layer.reset_parameters()  # type: ignore[operator, union-attr]
+
+    def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
+        rank, features = self.weight.shape
+        return f"{features}, {rank}"
+
+
+def dependence(features: Tensor, constant: bool) -> float:
+    """How near features `[K, N]` are to linear dependence: 0 if they depend, 1 if they are orthogonal.
+
+    The smallest singular value over the largest, of the features freed of their mean if `constant` and
+    scaled to a length of 1; of as many as there can be over K taps.
+    """
+    values = whole(features).detach().to("cpu", torch.float64)
+    if constant:
+        values = values - values.mean(0)
+    length = values.norm(dim=0)
+    rank = min(values.shape[1], values.shape[0] - constant)
+    if rank == 0 or not bool((length > 0).all()):
+        return 0.0
+    singular = torch.linalg.svdvals(values / length)
+    return float(singular[rank - 1] / singular[0])
 
 
 def _widths(in_features: int, hidden_features: Sequence[int], num_features: int) -> tuple[int, ...]:
@@ -244,83 +412,68 @@ class TapBatchNorm(nn.Module):
 
     With W = A phi, mean_k W = A mean(phi) and var_k W = A Cov(phi) A^T, so the normalised kernel is
     again of rank R: it rescales A and adds to the coefficient of the constant function. W itself is
-    never formed. Parameters, running statistics (unbiased variance, as nn.BatchNorm2d keeps them)
-    and eval mode are those of `nn.BatchNorm2d(C_out * C_in/groups)` over the image of taps.
+    never formed.
+
+    The statistics are those of the kernel as it is, in training and in evaluation. Unlike those of
+    activations they depend on no batch, only on parameters, so there is nothing to average over
+    steps, and nothing that goes stale when parameters are averaged, loaded or changed by hand. In
+    training this is `nn.BatchNorm2d(C_out * C_in/groups)` over the image of taps; `adopt` takes over
+    what that has kept for evaluation.
 
     Args:
         shape: (C_out, C_in/groups).
+        eps: added to the variance.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
     def __init__(
-        self,
-        shape: Sequence[int],
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        device: Any = None,
-        dtype: Any = None,
+        self, shape: Sequence[int], eps: float = 1e-5, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(tuple(shape), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(tuple(shape), device=device, dtype=dtype))
-        self.register_buffer("running_mean", torch.zeros(tuple(shape), device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(tuple(shape), device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        # From a checkpoint of BatchNorm's, until the layer, which knows A and phi, adopts them.
+        self.loaded_statistics: tuple[Tensor, Tensor] | None = None
 
-    def reset_running_stats(self) -> None:
-        """Mean 0 and variance 1, as before the first batch."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    def forward(self, coefficients: Tensor, basis: Tensor, track: bool = True) -> Tensor:
+    def forward(self, coefficients: Tensor, basis: Tensor) -> Tensor:
         """Coefficients of the normalised kernel.
 
         Args:
             coefficients: A, `[C_out, C_in/groups, R']`, R' = R - 1 or R; where R' = R the last
                 column already belongs to the constant function.
-            basis: phi, `[R, K]`, whose last row is the constant function 1.
-            track: update the running statistics (training mode only).
+            basis: phi, `[R, K]`, whose last row is a constant function, not 0.
 
         Returns:
             `[C_out, C_in/groups, R]` in the dtype of `coefficients`.
 
         Raises:
-            ValueError: one tap only, in training mode: it has no variance.
+            ValueError: one tap only: it has no variance.
         """
+        if basis.shape[1] == 1:
+            raise ValueError(
+                "weight_norm: 'batch' normalises over the taps of the kernel and expected more than "
+                "one of them, got kernel_size 1; use weight_norm=None"
+            )
         with without_autocast(basis.device):
-            return self._normalised(coefficients, basis, track)
+            return self._normalised(coefficients, basis)
 
-    def _normalised(self, coefficients: Tensor, basis: Tensor, track: bool) -> Tensor:
-        rank, taps = basis.shape
-        wide = coefficients.to(basis.dtype)
-        if coefficients.shape[-1] < rank:
-            wide = F.pad(wide, (0, 1))
-        if self.training:
-            if taps == 1:
-                raise ValueError(
-                    "weight_norm: 'batch' normalises over the taps of the kernel and expected more "
-                    "than one of them, got kernel_size 1; use weight_norm=None or eval mode"
-                )
-            mean, variance = self._tap_statistics(wide, basis)
-            if track:
-                self._track(mean, variance * (taps / (taps - 1)))
-        else:
-            mean = self.running_mean.to(basis.dtype)
-            variance = self.running_var.to(basis.dtype)
+    def _normalised(self, coefficients: Tensor, basis: Tensor) -> Tensor:
+        wide = self._widened(coefficients, basis)
+        mean, variance = self._statistics(wide, basis)
         scale = self.weight.to(basis.dtype) * torch.rsqrt(variance + self.eps)
         shift = self.bias.to(basis.dtype) - scale * mean
         scaled = wide * scale.unsqueeze(-1)
-        constant = scaled[..., -1:] + shift.unsqueeze(-1)
+        constant = scaled[..., -1:] + (shift / basis[-1, 0]).unsqueeze(-1)
         return torch.cat([scaled[..., :-1], constant], dim=-1).to(coefficients.dtype)
 
     @staticmethod
-    def _tap_statistics(coefficients: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    def _widened(coefficients: Tensor, basis: Tensor) -> Tensor:
+        """A in the dtype of phi, with a column for the constant function."""
+        wide = coefficients.to(basis.dtype)
+        return F.pad(wide, (0, 1)) if coefficients.shape[-1] < basis.shape[0] else wide
+
+    @staticmethod
+    def _statistics(coefficients: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance over the taps of W = A phi, each `[C_out, C_in/groups]`."""
         average = basis.mean(dim=1)
         centered = basis - average.unsqueeze(1)
@@ -331,11 +484,32 @@ class TapBatchNorm(nn.Module):
         return mean.view(coefficients.shape[:2]), variance.view(coefficients.shape[:2])
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+    def adopt(self, coefficients: Tensor, basis: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Change weight and bias so that the kernel becomes what other statistics make of it.
+
+        Args:
+            coefficients, basis: as `forward` takes them.
+            mean, variance: `[C_out, C_in/groups]` or flat, to be used in place of the kernel's own:
+                those that nn.BatchNorm has kept for evaluation, say, or of another grid of taps.
+        """
+        own_mean, own_variance = self._statistics(self._widened(coefficients, basis), basis)
+        mean, variance = (t.to(own_mean).view_as(own_mean) for t in (mean, variance))
+        scale = self.weight.to(own_mean) * torch.rsqrt(variance + self.eps)
+        overwrite(self, "bias", self.bias.to(own_mean) + scale * (own_mean - mean))
+        overwrite(self, "weight", scale * torch.sqrt(own_variance + self.eps))
+
+    @torch.no_grad()
+    def statistics(self, coefficients: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, biased variance) of the kernel over its taps, each `[C_out, C_in/groups]`."""
+        return self._statistics(self._widened(coefficients, basis), basis)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        mean, variance = (state_dict.pop(f"{prefix}running_{of}", None) for of in ("mean", "var"))
+        if mean is not None and variance is not None and not mean.is_meta:
+            self.loaded_statistics = mean, variance
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Shape and settings, for `repr`."""
-        return f"{tuple(self.weight.shape)}, eps={self.eps}, momentum={self.momentum}"
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -38,7 +38,7 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     if name == "reference":
         return "\n".join([*lines, "reference: builds the weight and calls the library convolution"])
     with torch.no_grad():
-        coefficients, basis = conv.kernel(track=False)
+        coefficients, basis = conv.kernel()
         batched, geometry = conv.geometry(input)
     numbers = (input.device.type, geometry.taps, conv.out_channels, basis.shape[0])
     if planner.resolve(name, "auto", *numbers) == "reference":

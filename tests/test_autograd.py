@@ -230,7 +230,7 @@ def test_compiled_transforms(backend: str, device, compiler) -> None:
     """torch.compile of grad, of vmap and of jvp, in one graph each."""
     layer, _, input = _layer_and_twin(backend, device)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    coefficients, basis = (t.detach() for t in layer.kernel(track=False))
+    coefficients, basis = (t.detach() for t in layer.kernel())
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, parameters, (x,)).square().sum()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional, layout, ops, planner
+from ..backends.library import product
 from ..backends.reference import materialize_weight
 from ..checks import (
     axis_padding,
@@ -26,15 +27,36 @@ from ..checks import (
     per_axis,
 )
 from ..geometry import Geometry
-from ..hypernet import CoordinateMLP, TapBatchNorm, floating_dtype, overwrite
+from ..hypernet import (
+    BasisMixing,
+    CoordinateMLP,
+    TapBatchNorm,
+    dependence,
+    floating_dtype,
+    he_normal_,
+    overwrite,
+)
+from ..ops.sharding import replicated, whole
 from ..taps import check_coordinate_name, taps_beside
 from .weight import REMEDY, read_only
 
 _Layer = TypeVar("_Layer", bound="HyperConvNd")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WEIGHT_NORMS = (None, "batch")
-_QUIET = 0.01  # of the mean power of the basis functions
-_DRAWS = 100  # of an MLP until one feature lives; one draw in 20 is dead at worst (relu, 1x1)
+PARAMETRIZATIONS = ("orthonormal", "published")
+# What `parametrization` decides where an argument is left out: (activation, coordinates).
+_DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
+# Of an MLP until its features are so independent; else the one is kept where they are so most.
+_DRAWS, _INDEPENDENT = 8, 0.6
+# Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
+# Kernels are as smooth per pixel at every size, but the functions never so slow that they depend.
+_SLOWEST, _FREQUENCY = 4.0, 0.5
+# weight_gain^2 C_out: the hyper-network then moves W by 0.1 to 2 times what the coefficients do, in a
+# step of gradient descent. Its part is coherent over all kernels, so that it would grow with C_out.
+_SHARE = 0.25
+# The answer to white noise is (functions / taps)^0.15 times nn.ConvNd's, but no less than the second
+# number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
+_TEMPER, _LEAST = 0.15, 0.55
 _NEW_LAYER = "make a new layer with it"
 # What the parameters' shapes were made for, or nothing reads later; and what to do instead
 _FIXED = {
@@ -43,6 +65,7 @@ _FIXED = {
     "in_channels": _NEW_LAYER,
     "out_channels": _NEW_LAYER,
     "weight_bias": _NEW_LAYER,
+    "parametrization": _NEW_LAYER,
     "transposed": _NEW_LAYER,
     "dims": _NEW_LAYER,
 }
@@ -59,7 +82,9 @@ class HyperConvNd(nn.Module, ABC):
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
     tap_spacing: tuple[float, ...]
+    parametrization: str
     weight_norm: TapBatchNorm | None
+    mixing: BasisMixing | None
     _channels_last = False  # the format `.to(memory_format=...)` has left the layer in
 
     def __init__(
@@ -78,12 +103,13 @@ class HyperConvNd(nn.Module, ABC):
         dtype: Any,
         hidden_features: Sequence[int],
         num_features: int,
-        activation: str,
+        activation: str | None,
         weight_bias: bool,
         weight_norm: str | None,
-        coordinates: str,
+        coordinates: str | None,
         backend: str,
         hypernet: nn.Module | None,
+        parametrization: str,
     ) -> None:
         super().__init__()
         check_dtype("dtype", dtype)
@@ -101,27 +127,59 @@ class HyperConvNd(nn.Module, ABC):
         self.output_padding = output_padding  # type: ignore[assignment]
         self.groups = groups
         self.padding_mode = padding_mode
-        self.coordinates = coordinates
+        check_name("parametrization", parametrization, PARAMETRIZATIONS)
+        self.parametrization = parametrization
+        usual_activation, usual_coordinates = _DEFAULTS[parametrization]
+        self.coordinates = usual_coordinates if coordinates is None else coordinates
         self.tap_spacing = (1.0,) * self.dims
         self.weight_bias = bool(weight_bias)
         self.backend = backend
         factory = {"device": device, "dtype": dtype}
-        draw = hypernet is None
-        if hypernet is None:
-            hypernet = CoordinateMLP(self.dims, hidden_features, num_features, activation, **factory)
-        self.hypernet = hypernet
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         shape = (first, second // groups)
+        draw = hypernet is None
+        if hypernet is None:
+            chosen = usual_activation if activation is None else activation
+            hypernet = self._network(hidden_features, num_features, chosen, first, factory)
+        self.hypernet = hypernet
         # Of no columns until the hyper-network has told how many: it may ask on which device it is.
         self.coefficients = nn.Parameter(torch.empty(*shape, 0, **factory))
-        rank = self._features() + self.weight_bias
-        self.coefficients = nn.Parameter(torch.empty(*shape, rank, **factory))
+        features = self._features()
+        self.coefficients = nn.Parameter(torch.empty(*shape, features + self.weight_bias, **factory))
         self.weight_norm = None if weight_norm is None else TapBatchNorm(shape, **factory)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, **factory))
         else:
             self.register_parameter("bias", None)
+        # Last, as its `reset_parameters` needs the rest.
+        self.mixing = None
+        if parametrization == "orthonormal":
+            self.mixing = BasisMixing(features, self.weight_bias, self, **factory)
+        self.register_load_state_dict_post_hook(_adopt_statistics)
         self._draw(draw)
+
+    def _network(
+        self,
+        hidden_features: Sequence[int],
+        num_features: int,
+        activation: str,
+        outputs: int,
+        factory: dict[str, Any],
+    ) -> CoordinateMLP:
+        """A hyper-network for kernels of `outputs` channels, as the parametrization wants it."""
+        arguments = (self.dims, hidden_features, num_features, activation)
+        if self.parametrization == "published":
+            return CoordinateMLP(*arguments, init="he_normal", **factory)
+        halves = [
+            (size - 1) / 2 if self.coordinates == "centered" and size > 1 else 1.0
+            for size in self.kernel_size
+        ]
+        frequency = [
+            max(_SLOWEST, _FREQUENCY * (size - 3)) / half
+            for size, half in zip(self.kernel_size, halves, strict=True)
+        ]
+        gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
+        return CoordinateMLP(*arguments, frequency, gain, **factory)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As nn.Module; what would be wrong, or change nothing, is refused."""
@@ -223,20 +281,30 @@ class HyperConvNd(nn.Module, ABC):
 
     def _mlp(self) -> ops.Mlp | None:
         """The hyper-network as the operators take it; None where it must be called as a module."""
-        hypernet = self._modules["hypernet"]
+        modules = self._modules
+        hypernet = modules["hypernet"]
+        mixing: Any = modules.get("mixing")
         if not isinstance(hypernet, CoordinateMLP):
             return None
         layers = hypernet.fusible_parameters()
         if layers is None:
             return None
         weights, biases = layers
-        return ops.Mlp(self._taps(weights[0]), weights, biases, hypernet.activation)
+        taps = self._taps(weights[0])
+        network = (hypernet.activation, hypernet.weight_gain)
+        if mixing is None:
+            return ops.Mlp(taps, weights, biases, *network)
+        last = mixing.linear(weights[0])
+        if last is None:
+            return None
+        return ops.Mlp(taps, [*weights, last[0]], [*biases, last[1]], *network, True)
 
     def _features(self) -> int:
         """N, asked of a hyper-network that is not ours by calling it once."""
-        mlp = self._mlp()
-        if mlp is not None:
-            return mlp.weights[-1].shape[0]
+        if isinstance(self.hypernet, CoordinateMLP):
+            layers = self.hypernet.fusible_parameters()
+            if layers is not None:
+                return layers[0][-1].shape[0]
         with torch.no_grad():
             return self._module_features().shape[1]
 
@@ -255,62 +323,107 @@ class HyperConvNd(nn.Module, ABC):
         return features
 
     def reset_parameters(self) -> None:
-        """Draw parameters so that W has mean 0 and the standard deviation nn.ConvNd starts with.
+        """Draw parameters so that the layer starts, and learns, as nn.ConvNd does.
 
-        That is 1/sqrt(3 fan_in), from the uniform distribution of nn.ConvNd's default. The columns of
-        the coefficients are scaled so that every basis function adds the same to the variance of W,
-        averaged over the taps; one far quieter than the rest adds less, lest its coefficients be
-        huge. An MLP is drawn first, and drawn again if its features all vanish on the taps (relu, few
-        taps); another hyper-network stays as it is. With `weight_norm='batch'` the norm's scale sets
-        the deviation of W and the coefficients start at unit variance, as its running variance does.
+        In the `'orthonormal'` parametrization W = A phi has functions phi that are orthonormal over the
+        taps, so that a step of gradient descent by A is nn.ConvNd's own step projected on them. A is
+        drawn such that the response to constant inputs has nn.ConvNd's variance, 1 / 3 of the input's
+        mean square, and that to white noise a little less (see `_TEMPER`). Of several
+        hyper-networks the one is taken whose features depend least on each other. A hyper-network
+        that was given stays as it is, and phi is made orthonormal for its present features. With
+        `weight_norm='batch'` the norm's scale and shift set the deviation of W and of its mean.
+
+        In the `'published'` one all linear layers are drawn by `he_normal`, biases 0, and a norm starts
+        with scale 1 and shift 0 (Ma et al., WACV 2022, and their code).
         """
         self._draw(isinstance(self.hypernet, CoordinateMLP))
 
     @torch.no_grad()
     def _draw(self, hypernet: bool) -> None:
         """Draw all parameters, those of the hyper-network only if `hypernet`."""
-        columns = self.coefficients.shape[-1]
-        fan_in = self.coefficients.shape[1] * math.prod(self.kernel_size)
-        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-        deviation = bound / math.sqrt(3)
-        if self.weight_norm is not None:
-            self.weight_norm.reset_running_stats()
-            self.weight_norm.weight.fill_(deviation)
-            self.weight_norm.bias.zero_()
-            deviation = 1.0
-        basis = self._draw_basis() if hypernet else self._basis("reference")
-        power = basis[:columns].square().mean(dim=1)
-        share = 1 / power.maximum(_QUIET * power.mean())
-        scale = deviation * (share / (share * power).sum()).sqrt()
-        scale = torch.where(power.sum() > 0, scale, torch.zeros_like(scale))
-        drawn = torch.empty_like(self.coefficients).uniform_(-math.sqrt(3), math.sqrt(3))
-        overwrite(self, "coefficients", drawn.mul_(scale.to(drawn.dtype)))
+        group_channels, taps = self.coefficients.shape[1], math.prod(self.kernel_size)
+        bound = 1 / math.sqrt(group_channels * taps) if group_channels else 0.0
+        if hypernet:
+            self._draw_hypernet()
+        norm = self.weight_norm
+        if norm is not None:
+            mixed = self.mixing is not None
+            scale = bound / math.sqrt(3) if mixed else 1.0
+            overwrite(norm, "weight", torch.full_like(norm.weight, scale))
+            offset = bound / math.sqrt(taps) if mixed else 0.0
+            overwrite(norm, "bias", torch.empty_like(norm.bias).uniform_(-offset, offset))
+        drawn = torch.empty_like(self.coefficients)
+        if self.mixing is None:
+            columns = drawn.shape[2] - self.weight_bias
+            trained = torch.tensor([1.0] * columns + [0.0] * self.weight_bias, device=drawn.device)
+            drawn = he_normal_(drawn, columns) * replicated(trained.to(drawn.dtype), drawn)
+        else:
+            deviation = 1.0 if norm is not None else bound / math.sqrt(3)
+            drawn = drawn.uniform_(-math.sqrt(3), math.sqrt(3)) * deviation
+            if not any(map(_without_numbers, (self._like(), self.mixing.weight, drawn))):
+                self.mixing.fit(self._module_features())
+                drawn = self._shaped(drawn)
+        overwrite(self, "coefficients", drawn)
         if self.bias is not None:
             overwrite(self, "bias", torch.empty_like(self.bias).uniform_(-bound, bound))
 
-    def _draw_basis(self) -> Tensor:
-        """phi of a fresh MLP, not zero on all taps."""
+    def _draw_hypernet(self) -> None:
+        """A fresh MLP: of several, in the orthonormal parametrization, the least dependent."""
+        hypernet = self.hypernet
+        if self.mixing is None or _without_numbers(self._like()):
+            hypernet.reset_parameters()  # type: ignore[operator]
+            return
+        best, kept = -1.0, []
         for _ in range(_DRAWS):
-            self.hypernet.reset_parameters()  # type: ignore[operator]
-            basis = self._basis("reference")
-            without_numbers = basis.is_meta or isinstance(basis, FakeTensor)
-            if without_numbers or basis[: self.coefficients.shape[-1]].any():
+            hypernet.reset_parameters()  # type: ignore[operator]
+            independence = dependence(self._module_features(), self.weight_bias)
+            if independence > best:
+                best = independence
+                kept = [parameter.detach().clone() for parameter in hypernet.parameters()]
+            if best > _INDEPENDENT:
                 break
-        return basis
+        for parameter, value in zip(hypernet.parameters(), kept, strict=True):
+            parameter.copy_(value)
+
+    def _shaped(self, unit: Tensor) -> Tensor:
+        """A of the right variance along each direction, from one of nn.ConvNd's along all.
+
+        Along the functions' sums over the taps, the response to a constant, it is nn.ConvNd's; along
+        what is orthogonal to that, larger by the taps for which there is no function.
+        """
+        basis = whole(self._basis("reference"))[: unit.shape[-1]]
+        count = basis.shape[1]
+        functions = round(float(basis.square().sum()))
+        sums = basis.sum(1)
+        power = float(sums.square().sum())
+        missing = max(count - 1, 1) / max(functions - 1, 1)
+        others = math.sqrt(missing) * max(missing**-_TEMPER, _LEAST)
+        if power < 1e-6 * count:
+            return unit * others
+        along = min(math.sqrt(count / power), others)
+        direction = (sums / math.sqrt(power)).to(unit.dtype)
+        projector = torch.outer(direction, direction)
+        shape = others * (torch.eye(len(direction)).to(projector) - projector) + along * projector
+        return product(unit.flatten(0, 1), replicated(shape, unit)).view(unit.shape)
 
     def _basis(self, backend: str) -> Tensor:
-        """phi `[R, K]`; its last row is the constant function when a bias or a norm needs it."""
-        constant = self.weight_bias or self.weight_norm is not None
+        """phi `[R, K]`; its last row is a constant function when a bias or a norm needs it."""
+        mixing, normed = self.mixing, self.weight_norm is not None
+        # Mixed features have it among them already.
+        constant = (
+            (normed and not self.weight_bias) if mixing is not None else normed or self.weight_bias
+        )
         mlp = self._mlp()
         if mlp is not None:
             return ops.coordinate_mlp(*mlp, constant, backend)
-        features = self._module_features().T
-        return torch.cat([features, features.new_ones(1, features.shape[1])]) if constant else features
+        features = self._module_features()
+        basis = features.T if mixing is None else mixing(features)
+        return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis
 
     def _operands(self) -> tuple[Tensor, functional.Kernel]:
         """(A, phi or the MLP whose output it is) of the next forward pass."""
         mlp = self._mlp() if self._modules.get("weight_norm") is None else None
-        return self.kernel(track=True) if mlp is None else (self._parameter("coefficients"), mlp)
+        return self.kernel() if mlp is None else (self._parameter("coefficients"), mlp)
 
     def _parameter(self, name: str) -> Any:
         """As an attribute, found at once where no parametrization has taken its place."""
@@ -349,13 +462,13 @@ class HyperConvNd(nn.Module, ABC):
         """Whether nn.ConvNd's weight, once converted, would make the output channels last."""
         return layout.remembers_channels_last((*self.coefficients.shape[:2], *self.kernel_size))
 
-    def kernel(self, track: bool) -> tuple[Tensor, Tensor]:
+    def kernel(self) -> tuple[Tensor, Tensor]:
         """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
         coefficients = self.coefficients
         check_tensor("coefficients", meta("coefficients", coefficients))
         basis = self._basis(self.backend)
         if self.weight_norm is not None:
-            coefficients = self.weight_norm(coefficients, basis, track)
+            coefficients = self.weight_norm(coefficients, basis)
         return coefficients, basis.view(-1, *self.kernel_size)
 
     def basis(self) -> Tensor:
@@ -368,7 +481,7 @@ class HyperConvNd(nn.Module, ABC):
 
         Writing to it raises `ReadOnlyWeightError`, an assignment AttributeError.
         """
-        return read_only(materialize_weight(*self.kernel(track=False)))
+        return read_only(materialize_weight(*self.kernel()))
 
     @abstractmethod
     def geometry(self, input: Tensor) -> tuple[Tensor, Geometry]:
@@ -418,7 +531,8 @@ class HyperConvNd(nn.Module, ABC):
             "groups": 1,
             "padding_mode": "zeros",
             "weight_bias": True,
-            "coordinates": "centered",
+            "parametrization": "orthonormal",
+            "coordinates": _DEFAULTS[self.parametrization][1],
             "tap_spacing": (1.0,) * self.dims,
             "backend": "auto",
         }
@@ -426,6 +540,20 @@ class HyperConvNd(nn.Module, ABC):
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value!r}"
         return text if self.bias is not None else text + ", bias=False"
+
+
+def _without_numbers(tensor: Tensor) -> bool:
+    """Whether there is nothing to compute with: it is on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _adopt_statistics(layer: Any, _: Any) -> None:
+    """Where a checkpoint holds statistics of BatchNorm, use the kernel that they give in evaluation."""
+    norm = layer.weight_norm
+    if norm is not None and norm.loaded_statistics is not None:
+        statistics, norm.loaded_statistics = norm.loaded_statistics, None
+        if not layer.coefficients.is_meta:
+            norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
 
 
 def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:

@@ -36,12 +36,13 @@ class _HyperConv(HyperConvNd):
         *,
         hidden_features: Sequence[int] = (16, 16),
         num_features: int = 4,
-        activation: str = "leaky_relu",
+        activation: str | None = None,
         weight_bias: bool = True,
         weight_norm: str | None = None,
-        coordinates: str = "centered",
+        coordinates: str | None = None,
         backend: str = "auto",
         hypernet: nn.Module | None = None,
+        parametrization: str = "orthonormal",
     ) -> None:
         super().__init__(
             in_channels,
@@ -64,6 +65,7 @@ class _HyperConv(HyperConvNd):
             coordinates,
             backend,
             hypernet,
+            parametrization,
         )
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
@@ -120,12 +122,13 @@ class _HyperConvTranspose(HyperConvNd):
         *,
         hidden_features: Sequence[int] = (16, 16),
         num_features: int = 4,
-        activation: str = "leaky_relu",
+        activation: str | None = None,
         weight_bias: bool = True,
         weight_norm: str | None = None,
-        coordinates: str = "centered",
+        coordinates: str | None = None,
         backend: str = "auto",
         hypernet: nn.Module | None = None,
+        parametrization: str = "orthonormal",
     ) -> None:
         super().__init__(
             in_channels,
@@ -148,6 +151,7 @@ class _HyperConvTranspose(HyperConvNd):
             coordinates,
             backend,
             hypernet,
+            parametrization,
         )
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:

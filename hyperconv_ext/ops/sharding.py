@@ -39,6 +39,21 @@ def distributed(tensors: Sequence[Tensor]) -> bool:
     return _dtensor is not None and any(isinstance(tensor, _dtensor) for tensor in tensors)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, where it is a DTensor."""
+    return tensor.full_tensor() if distributed((tensor,)) else tensor  # type: ignore[attr-defined]
+
+
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, the same on every rank, as a DTensor where `like` is one."""
+    if not distributed((like,)) or distributed((tensor,)):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def _strategies(slot: int, has_bias: bool, groups: int) -> list[tuple[list[Any], list[Any]]]:
     """Placements of (results, tensors) that go together."""
     from torch.distributed.tensor import Partial, Replicate, Shard
