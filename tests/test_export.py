@@ -97,6 +97,25 @@ def test_functions_are_exported_too(device) -> None:
     assert not any("hyperconv" in target for target in _targets(program))
 
 
+@every_backend
+def test_constants_of_the_mlp_are_exported_too(backend: str, device) -> None:
+    class Function(nn.Module):
+        def forward(
+            self, input: Tensor, coefficients: Tensor, *mlp: Tensor, name: str = backend
+        ) -> Tensor:
+            operands = (input, coefficients, mlp[:2], mlp[2:], 3)
+            return functional.hyper_conv2d(
+                *operands, activation="sine", weight_gain=0.3, linear_output=True, backend=name
+            )
+
+    shapes = ((1, 3, 5, 6), (4, 3, 3), (5, 2), (2, 5), (5,), (2,))
+    operands = [torch.randn(shape, device=device) for shape in shapes]
+    program = torch.export.export(Function(), tuple(operands))
+    assert not any("hyperconv" in target for target in _targets(program))
+    exact = Function()(*(t.double() for t in operands), name="reference")
+    assert relative_error(program.module()(*operands), exact) <= 2e-2  # TF32, if on a GPU
+
+
 _LOAD = """
 import sys, torch
 program, input, output = torch.load(sys.argv[1], weights_only=False)

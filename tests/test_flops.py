@@ -71,6 +71,23 @@ def test_what_the_plan_executes(backend: str, device) -> None:
     assert sum(step.values()) == sum(planned) + 3 * MLP - first + again
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_an_activation_counts_nothing(backend: str, device) -> None:
+    """A last layer that is linear is one more product: with it what the same layer with one counts."""
+    shapes = ((1, 3, 5, 6), (4, 3, 3), (5, 2), (2, 5), (5,), (2,))
+    input, coefficients, *mlp = (torch.randn(s, device=device, requires_grad=True) for s in shapes)
+    counted = []
+    for options in ({}, {"weight_gain": 0.3, "linear_output": True}):
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            arguments = (x, coefficients, mlp[:2], mlp[2:], 3)
+            return functional.hyper_conv2d(*arguments, **options, backend=backend)  # noqa: B023
+
+        counted.append(_counted(function, input, backward=True))
+    plain, chosen = counted
+    assert plain == chosen and chosen["coordinate_mlp_bwd"] > 0
+
+
 def test_reference_counts_itself(device) -> None:
     layer, input = _layer("reference", device)
     weight = 2 * CHANNELS[0] * CHANNELS[1] * RANK * TAPS

@@ -155,17 +155,12 @@ def test_weight_gain_and_linear_output_transformed(backend: str, device) -> None
     directions = [torch.randn_like(t) for t in tensors]
 
     def results(name: str, dtype: torch.dtype) -> list[Tensor]:
-        given = [[t.to(dtype) for t in many] for many in (tensors, directions)]
-
-        def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
-            leaves = [t if t.requires_grad else t.requires_grad_() for t in operands]
-            loss = run(name, *leaves).square().sum()
-            return torch.autograd.grad(loss, leaves, create_graph=True)
-
-        _, along = torch.func.jvp(lambda *t: run(name, *t), *map(tuple, given))
-        leaves = [t.clone().requires_grad_() for t in given[0]]
-        first = gradient(*leaves)
-        total = sum((g * d).sum() for g, d in zip(first, given[1], strict=True))
+        points, tangents = (tuple(t.to(dtype) for t in many) for many in (tensors, directions))
+        _, along = torch.func.jvp(lambda *t: run(name, *t), points, tangents)
+        leaves = [t.clone().requires_grad_() for t in points]
+        loss = run(name, *leaves).square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        total = sum((g * d).sum() for g, d in zip(first, tangents, strict=True))
         return [along, *torch.autograd.grad(total, leaves)]
 
     with precision_of_the_framework(device):
