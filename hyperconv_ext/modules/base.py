@@ -495,11 +495,12 @@ class HyperConvNd(nn.Module, ABC):
     ) -> _Layer:
         """A copy of this layer whose kernel is the same learned function on another grid of taps.
 
-        With `'centered'` coordinates the function keeps its scale: more taps see more of it, and a
+        With `'unit'` coordinates, the default, it is stretched over the new kernel, whose ends stay at
+        -1 and 1. With `'centered'` coordinates it keeps its scale: more taps see more of it, and a
         kernel with another `dilation` samples it at taps that much further apart, at the same
-        distances in the input. With `'unit'` coordinates it is stretched over the new kernel, whose
-        ends stay at -1 and 1. Where the old and the new grid have points in common the weights agree.
-        The sum over the taps is not normalised to their number.
+        distances in the input. Where the old and the new grid have points in common the weights agree.
+        The sum over the taps is not normalised to their number; for a fresh start at the new size, with
+        the response of nn.ConvNd, call `reset_parameters` of the copy.
 
         Args:
             kernel_size: of the copy.
@@ -518,6 +519,9 @@ class HyperConvNd(nn.Module, ABC):
             pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
             spacings = tuple(spacing * new / old for new, old, spacing in pairs)
             layer.__dict__["tap_spacing"] = spacings
+        if layer.weight_norm is not None and not _without_numbers(self.coefficients):
+            statistics = layer.weight_norm.statistics(self.coefficients, self._basis("reference"))
+            layer.weight_norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
         return layer
 
     def extra_repr(self) -> str:

@@ -196,11 +196,15 @@ class HyperConv1d(_HyperConv):
 class HyperConv2d(_HyperConv):
     """`nn.Conv2d` whose kernel is computed by a small MLP of the tap coordinates.
 
-    W[o, i, k] = sum_r A[o, i, r] phi_r(p_k), with phi the features of the MLP at the coordinates
+    W[o, i, k] = sum_r A[o, i, r] phi_r(p_k), with phi made of the features of the MLP at the coordinates
     p_k of tap k. The parameter count does not depend on the kernel size, and the layer equals
     `F.conv2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
     (Ma, Wang, Dalca, Sabuncu: "Hyper-Convolution Networks for Biomedical Image Segmentation", WACV
     2022, arXiv 2105.10559.)
+
+    By default it learns with the recipe of the convolution it replaces: phi = C f + c, a fixed mixing of
+    the features f that makes the functions orthonormal over the taps at the start, the constant function
+    among them. A step of gradient descent by A is then nn.Conv2d's own step, projected on them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -208,21 +212,26 @@ class HyperConv2d(_HyperConv):
         hidden_features: widths of the MLP's hidden layers.
         num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
             one) the rank R of the kernel over its taps.
-        activation: after every layer of the MLP: `'leaky_relu'` (slope 0.1), `'relu'`, `'gelu'`,
-            `'silu'`, `'tanh'`, `'sine'`.
+        activation: after every layer of the MLP: `'sine'` (None means this), `'leaky_relu'` (slope
+            0.1), `'relu'`, `'gelu'`, `'silu'`, `'tanh'`.
         weight_bias: give the last linear layer, features -> weights, a bias: one more column of
             `coefficients`, belonging to the constant function.
         weight_norm: None, or `'batch'`: a batch norm over the taps of each W[o, i] as the
             hyper-network's last layer, see `hypernet.TapBatchNorm`.
-        coordinates: `'centered'` (in taps from the kernel's centre) or `'unit'` ([-1, 1]).
+        coordinates: `'unit'` ([-1, 1]; None means this) or `'centered'` (in taps from the kernel's
+            centre).
         backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`, see
             `functional.basis_conv2d`.
         hypernet: any module from coordinates `[K, 2]` to features `[K, N]`, in the place of the MLP;
             `hidden_features`, `num_features` and `activation` are then not used.
+        parametrization: `'orthonormal'`, or `'published'`: phi are the features themselves and the
+            constant 1, activation and coordinates are `'leaky_relu'` and `'centered'` unless they are
+            given, and the first draw is the published one (see `reset_parameters`).
 
     Attributes:
         coefficients: Parameter `[C_out, C_in/groups, N + weight_bias]`, A (before `weight_norm`).
         hypernet: `CoordinateMLP`, or the module given.
+        mixing: `BasisMixing`, which holds C and c as buffers, or None in the published form.
         bias: Parameter `[C_out]` or None.
         weight: W `[C_out, C_in/groups, kh, kw]`, built on demand, differentiable.
 
@@ -268,11 +277,11 @@ class HyperConvTranspose2d(_HyperConvTranspose):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
         hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
-            hypernet: as in `HyperConv2d`.
+            hypernet, parametrization: as in `HyperConv2d`.
 
     Attributes:
         coefficients: Parameter `[C_in, C_out/groups, N + weight_bias]`, A (before `weight_norm`).
-        hypernet, bias: as in `HyperConv2d`.
+        hypernet, mixing, bias: as in `HyperConv2d`.
         weight: W `[C_in, C_out/groups, kh, kw]`, built on demand, differentiable.
 
     Shape:
