@@ -175,11 +175,12 @@ class CoordinateMLP(nn.Module):
         hidden_features: Sequence[int] = (16, 16),
         num_features: int = 4,
         activation: str = "sine",
-        frequency: float | Sequence[float] = 6.0,
-        weight_gain: float = 1.0,
-        init: str = "uniform",
         device: Any = None,
         dtype: Any = None,
+        *,
+        frequency: float | Sequence[float] = 4.0,
+        weight_gain: float = 1.0,
+        init: str = "uniform",
     ) -> None:
         super().__init__()
         check_dtype("dtype", dtype)

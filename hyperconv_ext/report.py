@@ -11,7 +11,6 @@ from torch import Tensor
 from . import backends, ops, planner
 from ._version import __version__
 from .geometry import Geometry
-from .hypernet import CoordinateMLP
 from .modules import HyperConvNd
 from .problem import OPS, Problem
 
@@ -51,11 +50,13 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
 
 
 def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
-    if not isinstance(conv.hypernet, CoordinateMLP) or conv.hypernet.fusible_parameters() is None:
+    mlp = conv._mlp()
+    if mlp is None:
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
     dtype = backends.dtype_name(conv.coefficients.dtype)
-    engine, reason = planner.mlp_backend(conv.hypernet.widths, dtype, device, backend)
+    widths = (mlp.coordinates.shape[1], *(weight.shape[0] for weight in mlp.weights))
+    engine, reason = planner.mlp_backend(widths, dtype, device, backend)
     if not engine:
         return f"PyTorch ({reason})"
     if conv.weight_norm is not None or dtype == "float16":  # needs phi before the convolution

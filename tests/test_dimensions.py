@@ -375,12 +375,12 @@ def test_another_kernel_size_is_a_copy(dims: int, transposed: bool) -> None:
 def test_state_dict_keys(dims: int, transposed: bool) -> None:
     """Documented, and the same for every class: a release must not change them."""
     layers = [f"hypernet.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    norm = [f"weight_norm.{name}" for name in ("weight", "bias", *statistics)]
+    norm, mixing = ([f"{name}.weight", f"{name}.bias"] for name in ("weight_norm", "mixing"))
     for options, keys in (
-        ({}, ["coefficients", "bias", *layers]),
-        ({"bias": False}, ["coefficients", *layers]),
-        ({"weight_norm": "batch"}, ["coefficients", "bias", *layers, *norm]),
+        ({}, ["coefficients", "bias", *layers, *mixing]),
+        ({"bias": False}, ["coefficients", *layers, *mixing]),
+        ({"weight_norm": "batch"}, ["coefficients", "bias", *layers, *norm, *mixing]),
+        ({"parametrization": "published"}, ["coefficients", "bias", *layers]),
     ):
         state = _layer(dims, transposed, **options).state_dict()
         assert sorted(state) == sorted(keys)

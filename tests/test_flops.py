@@ -16,7 +16,7 @@ from .conftest import FUSED
 
 every_backend = pytest.mark.parametrize("backend", ["composite", *FUSED])
 TAPS, RANK, CHANNELS, POSITIONS = 25, 5, (16, 32), 2 * 9 * 10
-MLP = 2 * TAPS * (2 * 16 + 16 * 16 + 16 * 4)
+MLP = 2 * TAPS * (2 * 16 + 16 * 16 + 16 * 4 + 4 * RANK)
 
 
 def _counted(
@@ -49,13 +49,15 @@ def test_composite_is_z_and_the_product_with_a(device) -> None:
 def test_what_the_plan_executes(backend: str, device) -> None:
     """Of the function, since the counter watches every module and a watched MLP is not fused."""
     layer, input = _layer(backend, device)
-    mlp = layer.hypernet.operator(layer.taps)
+    mlp = layer._mlp()
     weights, biases = ([t.detach().requires_grad_() for t in ts] for ts in (mlp.weights, mlp.biases))
     coefficients = layer.coefficients.detach().requires_grad_()
 
     def function(x: torch.Tensor) -> torch.Tensor:
         arguments = (x, coefficients, weights, biases, 5)
-        return functional.hyper_conv2d(*arguments, padding=2, backend=backend)
+        network = {"activation": mlp.activation, "weight_gain": mlp.weight_gain, "linear_output": True}
+        options = {"coordinates": layer.coordinates, "padding": 2, "backend": backend}
+        return functional.hyper_conv2d(*arguments, **network, **options)
 
     forward, step = _counted(function, input), _counted(function, input, backward=True)
     _, geometry = layer.geometry(input)

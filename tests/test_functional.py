@@ -317,10 +317,10 @@ def test_every_number_is_a_gain(backend: str, gain: Any, device) -> None:
 def test_hyper_conv2d_is_the_layer(dtype, coordinates: str, weight_bias: bool, device) -> None:
     options = {"stride": 2, "padding": (3, 0), "groups": 2}
     conv = HyperConv2d(
-        4, 6, (7, 4), **options, activation="sine", weight_bias=weight_bias, coordinates=coordinates,
+        4, 6, (7, 4), **options, weight_bias=weight_bias, coordinates=coordinates,
         device=device, dtype=dtype,
     )  # fmt: skip
-    layers = list(conv.hypernet.layers)
+    layers = [*conv.hypernet.layers, conv.mixing]
     actual = functional.hyper_conv2d(
         input := torch.randn(2, 4, 9, 8, device=device, dtype=dtype),
         conv.coefficients,
@@ -330,6 +330,8 @@ def test_hyper_conv2d_is_the_layer(dtype, coordinates: str, weight_bias: bool, d
         conv.bias,
         **options,
         activation="sine",
+        weight_gain=conv.hypernet.weight_gain,
+        linear_output=True,
         coordinates=coordinates,
     )
     assert torch.equal(actual, conv(input))

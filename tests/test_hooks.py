@@ -91,7 +91,7 @@ def test_hooks_of_all_modules_fire(backend: str, device) -> None:
         layer(_input(device))
     finally:
         handle.remove()
-    assert set(seen) == {layer, layer.hypernet, *layer.hypernet.layers}
+    assert set(seen) == {layer, layer.hypernet, *layer.hypernet.layers, layer.mixing}
 
 
 @pytest.mark.parametrize("where", ["hypernet", "hypernet.layers.1"])
@@ -123,7 +123,8 @@ class Called(CoordinateMLP):
 @every_backend
 def test_a_subclass_of_the_mlp(backend: str, kind: type[CoordinateMLP], device) -> None:
     network = kind(2, (5,), 3, device=device)
-    layer = HyperConv2d(2, 3, 2, hypernet=network, weight_bias=False, backend=backend, device=device)
+    options = {"weight_bias": False, "parametrization": "published", "backend": backend}
+    layer = HyperConv2d(2, 3, 2, hypernet=network, **options, device=device)
     torch.testing.assert_close(layer.basis().flatten(1).T, network(layer.taps))
     assert not torch.allclose(
         layer.basis(), CoordinateMLP.basis(network, layer.taps, False).view(3, 2, 2)

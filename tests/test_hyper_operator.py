@@ -175,7 +175,7 @@ def _operator(layer: HyperConv2d, input: Tensor) -> tuple[Tensor, Tensor]:
 
 def _operands(layer: HyperConv2d, input: Tensor) -> tuple[object, ...]:
     _, g = layer.geometry(input)
-    coordinates, weights, biases, *settings = layer.hypernet.operator(layer.taps)
+    coordinates, weights, biases, *settings = layer._mlp()
     lists = (g.input_size, g.output_size, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
     tensors = (input, layer.coefficients, coordinates, weights, biases, layer.bias)
     return (*tensors, *settings, layer.transposed, *lists, layer.backend, "auto")

@@ -72,7 +72,7 @@ def test_no_responses(backend: str, device) -> None:
 @every_fused_backend
 @pytest.mark.parametrize("kernel", [3, 7])
 def test_saved_for_backward(kernel: int, backend: str, device) -> None:
-    """x, A, phi and the MLP's parameters, whatever the kernel size."""
+    """x, A, phi, the MLP's parameters and the mixing of its features, whatever the kernel size."""
     conv = HyperConv2d(16, 16, kernel, padding=kernel // 2, backend=backend, device=device)
     input = torch.randn(1, 16, 9, 9, device=device, requires_grad=True)
     saved: list[int] = []
@@ -84,5 +84,6 @@ def test_saved_for_backward(kernel: int, backend: str, device) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         conv(input)
     basis = 5 * kernel**2
-    parameters = sum(p.numel() for p in conv.parameters() if p is not conv.bias)
+    state = (*conv.parameters(), *conv.buffers())
+    parameters = sum(tensor.numel() for tensor in state if tensor is not conv.bias)
     assert sum(saved) <= input.numel() + basis + parameters + conv.taps.numel()

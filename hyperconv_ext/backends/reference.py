@@ -99,4 +99,4 @@ def coordinate_mlp(
         if index < last or not linear_output:
             hidden = ACTIVATIONS[activation](hidden if weight_gain == 1 else weight_gain * hidden)
     basis = hidden.T
-    return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis
+    return torch.cat([basis, basis.new_ones(1, basis.shape[1])]) if constant else basis.contiguous()

@@ -179,7 +179,7 @@ class HyperConvNd(nn.Module, ABC):
             for size, half in zip(self.kernel_size, halves, strict=True)
         ]
         gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
-        return CoordinateMLP(*arguments, frequency, gain, **factory)
+        return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As nn.Module; what would be wrong, or change nothing, is refused."""
