@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 from hyperconv_ext import HyperConv2d, HyperConvTranspose3d, functional, taps
+from hyperconv_ext.modules.base import PARAMETRIZATIONS
 from hyperconv_ext.taps import tap_coordinates
 
 from .conftest import FUSED
@@ -26,7 +27,8 @@ OPTIONS = [
     {},
     {"weight_norm": "batch"},
     {"coordinates": "unit", "kernel_size": (4, 7)},
-    {"activation": "sine", "weight_bias": False},
+    {"activation": "tanh", "weight_bias": False},
+    {"parametrization": "published"},
 ]
 every_backend = pytest.mark.parametrize("backend", ["auto", "reference", "composite", *FUSED])
 
@@ -91,6 +93,25 @@ def test_statistics_are_real_where_only_parameters_are_on_meta() -> None:
     """As those of nn.BatchNorm2d."""
     layer = _under_empty_weights({"weight_norm": "batch"})
     assert not any(buffer.is_meta for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])
+def test_a_state_of_the_other_parametrization(ours: int, theirs: int, strict: bool, device) -> None:
+    """Whose parameters stand for another kernel. A part of a state that holds no kernel is loaded."""
+    layer, other = (
+        HyperConv2d(3, 4, 3, parametrization=PARAMETRIZATIONS[which], device=device)
+        for which in (ours, theirs)
+    )
+    message = (
+        rf"0.mixing: expected a state with(out)? it for parametrization='{PARAMETRIZATIONS[ours]}', got "
+        rf"one with(out)?; make the layer with parametrization='{PARAMETRIZATIONS[theirs]}'"
+    )
+    state = nn.Sequential(other).state_dict()
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(layer).load_state_dict(state, strict=strict)
+    layer.load_state_dict({"bias": other.bias.detach()}, strict=False)
+    assert torch.equal(layer.bias, other.bias)
 
 
 def test_coordinates_follow_the_hypernetwork(device) -> None:

@@ -256,6 +256,17 @@ class HyperConvNd(nn.Module, ABC):
         spacing = state_dict.pop(f"{prefix}tap_spacing", None)
         if spacing is not None and not spacing.is_meta:
             self.__dict__["tap_spacing"] = tuple(spacing.tolist())
+        # The same parameters mean another kernel: refused where missing keys are not, too.
+        mixed = any(f"{prefix}mixing.{name}" in state_dict for name in ("weight", "bias"))
+        if f"{prefix}coefficients" in state_dict and mixed != (self.mixing is not None):
+            expected, got = ("with", "without")[mixed], ("without", "with")[mixed]
+            other = PARAMETRIZATIONS[not mixed]
+            *_, errors = args
+            errors.append(
+                f"{prefix}mixing: expected a state {expected} it for parametrization="
+                f"{self.parametrization!r}, got one {got}; make the layer with parametrization={other!r}"
+                + ("" if mixed else " (versions before it was introduced had that form)")
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self) -> NoReturn:
