@@ -148,13 +148,13 @@ def share_of_the_hypernet(layer: HyperConvNd) -> float:
 def test_a_step_moves_every_direction_as_far_as_that_of_conv2d(
     kernel_size: int, channels: int, features: int, device
 ) -> None:
-    """Within [0.1, 2], at one learning rate: the coefficients' part is 1 (see the projection above)."""
+    """Within 2 of one learning rate: the coefficients' part is 1 (see the projection above)."""
     shares = []
     for seed in range(3):
         torch.manual_seed(seed)
         layer = HyperConv2d(8, channels, kernel_size, num_features=features, device=device)
         shares.append(share_of_the_hypernet(layer))
-    assert 0.1 <= sorted(shares)[1] <= 2, shares
+    assert all(0.05 < share < 1.2 for share in shares) and 0.1 <= sorted(shares)[1] <= 1, shares
 
 
 def test_modules_reset_one_by_one_start_as_well(device) -> None:
