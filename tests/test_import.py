@@ -141,7 +141,7 @@ def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
 
 @needs("cuda")
 def test_explain_says_why_pytorch_evaluates_the_mlp(device) -> None:
-    deep = HyperConv2d(16, 16, 3, hidden_features=(8,) * 8, backend="cuda", device=device)
+    deep = HyperConv2d(16, 16, 3, hidden_features=(8,) * 7, backend="cuda", device=device)
     text = explain(deep, torch.randn(1, 16, 8, 8, device=device))
     assert "hyper-network: PyTorch (cuda: its MLP kernels take up to 8 layers, not 9)" in text
 

@@ -35,7 +35,7 @@ _FREE = {
     "alias",
 }
 # Seconds of host time beyond those of nn.Conv2d: of a forward pass, and of one with all gradients.
-_HOST_LIMITS = {"no_grad": 25e-6, "grad": 25e-6, "step": 150e-6}
+_HOST_LIMITS = {"no_grad": 25e-6, "grad": 27e-6, "step": 150e-6}
 # What nn.Conv2d itself took on the idle CPU (an AMD EPYC) for which the limits were set: one that is
 # slower, or busy with other work, is allowed as many times more.
 _REFERENCE = {"no_grad": 13e-6, "grad": 14e-6, "step": 51e-6}

@@ -306,13 +306,14 @@ class HyperConvNd(nn.Module, ABC):
             return None
         weights, biases = layers
         taps = self._taps(weights[0])
-        network = (hypernet.activation, hypernet.weight_gain)
         if mixing is None:
-            return ops.Mlp(taps, weights, biases, *network)
+            return ops.Mlp(taps, weights, biases, hypernet.activation, hypernet.weight_gain)
         last = mixing.linear(weights[0])
         if last is None:
             return None
-        return ops.Mlp(taps, [*weights, last[0]], [*biases, last[1]], *network, True)
+        weights.append(last[0])
+        biases.append(last[1])
+        return ops.Mlp(taps, weights, biases, hypernet.activation, hypernet.weight_gain, True)
 
     def _features(self) -> int:
         """N, asked of a hyper-network that is not ours by calling it once."""

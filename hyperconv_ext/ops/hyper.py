@@ -156,7 +156,7 @@ def hyper_conv(
         shaped = basis.view(-1, *geometry.kernel_size)
         where = (geometry, backend, algorithm, transposed)
         return basis_conv(input, coefficients, shaped, bias, *where)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute(input, coefficients, *mlp, bias)[0]
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     return HyperConvFunction.apply(compute, choice, mlp[3:], *operands)[0]

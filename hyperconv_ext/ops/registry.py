@@ -79,6 +79,7 @@ def transforming() -> bool:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_is_neg, _data_ptr = Tensor.is_neg, Tensor.data_ptr
 
 
 def can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
@@ -92,11 +93,11 @@ def can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or not _PLAIN.issuperset(map(type, tensors))
-        or any(map(Tensor.is_neg, tensors))
+        or any(map(_is_neg, tensors))
     ):
         return False
     try:
-        return all(map(Tensor.data_ptr, tensors))
+        return all(map(_data_ptr, tensors))
     except RuntimeError:
         return False
 

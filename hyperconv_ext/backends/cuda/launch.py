@@ -62,6 +62,8 @@ def _fixed_of(plan: Plan) -> _Fixed:
 
 
 def _float(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.float().contiguous()
 
 
@@ -70,7 +72,7 @@ def _layers(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """An MLP's parameters as the kernels read them: all of `dtype`, or else all in float32."""
     for tensor in (*weights, *biases):
-        if tensor.dtype != dtype:
+        if tensor.dtype is not dtype:
             return [_float(weight) for weight in weights], [_float(bias) for bias in biases]
     return [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
 
