@@ -342,6 +342,20 @@ def test_spacing_of_the_taps_is_saved() -> None:
         assert torch.equal(other.weight, wide.weight)
 
 
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("features", [1, 4])
+def test_a_state_means_the_same_function_at_every_kernel_size(
+    features: int, parametrization: str, device
+) -> None:
+    """All that makes phi is in the state, or follows from its shapes."""
+    options = {"num_features": features, "parametrization": parametrization, "device": device}
+    layer = HyperConv2d(3, 4, (1, 5), **options)
+    for size in ((3, 3), (11, 7), (31, 1)):
+        other = HyperConv2d(3, 4, size, **options)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other.weight, layer.with_kernel_size(size).weight)
+
+
 def test_spacing_survives_a_state_without_numbers() -> None:
     wide = HyperConv2d(3, 4, 5).with_kernel_size(3, dilation=2)
     state = {name: value.to("meta") for name, value in wide.state_dict().items()}

@@ -51,10 +51,10 @@ _DRAWS, _INDEPENDENT = 8, 0.6
 # Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
 # Kernels are as smooth per pixel at every size, but the functions never so slow that they depend.
 _SLOWEST, _FREQUENCY = 4.0, 0.5
-# weight_gain^2 C_out, over the square of what tempers A: in a step of gradient descent the hyper-network
-# then moves W by 0.1 to 1 times what the coefficients do. Its part is coherent over all kernels, so that
-# it would grow with C_out.
-_SHARE = 0.1
+# weight_gain^2 C_out: in a step of gradient descent the hyper-network then moves W by at most about what
+# the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. No state
+# holds the gain, so it may depend on the number of channels, as shapes do, but not on the kernel size.
+_SHARE = 0.15
 # The answer to white noise is (functions / taps)^0.15 times nn.ConvNd's, but no less than the second
 # number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
 _TEMPER, _LEAST = 0.15, 0.55
@@ -179,10 +179,7 @@ class HyperConvNd(nn.Module, ABC):
             max(_SLOWEST, _FREQUENCY * (size - 3)) / half
             for size, half in zip(self.kernel_size, halves, strict=True)
         ]
-        taps = math.prod(self.kernel_size)
-        functions = min(integer("num_features", num_features) + self.weight_bias, taps)
-        tempered = _tempered(taps, functions)
-        gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)) / tempered)
+        gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
         return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -413,7 +410,7 @@ class HyperConvNd(nn.Module, ABC):
         sums = basis.sum(1)
         power = float(sums.square().sum())
         missing = max(count - 1, 1) / max(functions - 1, 1)
-        others = math.sqrt(missing) * _tempered(count, functions)
+        others = math.sqrt(missing) * max(missing**-_TEMPER, _LEAST)
         if power < 1e-6 * count:
             return unit * others
         along = min(math.sqrt(count / power), others)
@@ -560,12 +557,6 @@ class HyperConvNd(nn.Module, ABC):
             if (value := getattr(self, name)) != default:
                 text += f", {name}={value!r}"
         return text if self.bias is not None else text + ", bias=False"
-
-
-def _tempered(taps: int, functions: int) -> float:
-    """Of the white-noise answer of nn.ConvNd's, for this many orthonormal functions of the taps."""
-    missing = max(taps - 1, 1) / max(functions - 1, 1)
-    return max(missing**-_TEMPER, _LEAST)
 
 
 def _without_numbers(tensor: Tensor) -> bool:
