@@ -78,8 +78,9 @@ torch.save(found, sys.argv[1])
 # Error inputs of PyTorch that are no error of ours: none. (operator, message) -> reason.
 NOT_ERRORS: dict[tuple[str, str], str] = {}
 # Beside twice the framework's error. Gradients of the hyper-network sum over the taps, channels and
-# positions, and may be the difference of far larger terms.
-ROUNDINGS = 16
+# positions, and may be the difference of far larger terms. phi is a mixing of sines of several radians,
+# on one to five taps of features that nearly depend on each other, so all roundings of theirs are seen.
+ROUNDINGS = 64
 # How many samples of an operator Triton's interpreter runs, the cheapest. HYPERCONV_ALL_SAMPLES=1: all,
 # which takes half an hour.
 INTERPRETED = 3
