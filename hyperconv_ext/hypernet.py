@@ -83,9 +83,9 @@ class MLPLayer(nn.Module):
 
     Args:
         in_features, out_features: widths.
-        weight_bound: the weights are drawn from the uniform distribution over +- this, one number or
-            one per input; None draws them as Keras' `he_normal` does, from a normal distribution of
-            variance 2 / in_features truncated at two deviations.
+        weight_bound: the weights are drawn from the uniform distribution over +- this, one number
+            for all inputs or one for each; None draws them as Keras' `he_normal` does, from a normal
+            distribution of variance 2 / in_features truncated at two deviations.
         bias_bound: the same of the biases.
     """
 
@@ -93,7 +93,7 @@ class MLPLayer(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        weight_bound: float | Sequence[float] | None,
+        weight_bound: Sequence[float] | None,
         bias_bound: float,
         device: Any = None,
         dtype: Any = None,
@@ -190,7 +190,8 @@ class CoordinateMLP(nn.Module):
         self.activation = activation
         self.weight_gain = weight_gain
         check_name("init", init, INITIALISATIONS)
-        scales = [positive_number("frequency", one) / self.weight_gain for one in _sequence(frequency)]
+        given = frequency if isinstance(frequency, Sequence) else (frequency,)
+        scales = [positive_number("frequency", one) / self.weight_gain for one in given]
         if len(scales) not in (1, widths[0]):
             raise ValueError(
                 f"frequency: expected one number, or one for each of {widths[0]} axes, got "
@@ -198,13 +199,11 @@ class CoordinateMLP(nn.Module):
             )
         self.layers = nn.ModuleList()
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
-            bound: float | list[float] | None = None
-            phase = 0.0
+            bounds, phase = None, 0.0
             if init == "uniform":
-                spread = scales if index == 0 else [math.sqrt(6 / inputs) / self.weight_gain]
-                bound = spread[0] if len(spread) == 1 else spread
-                phase = math.pi / self.weight_gain if activation == "sine" else max(spread)
-            self.layers.append(MLPLayer(inputs, outputs, bound, phase, device, dtype))
+                bounds = scales if index == 0 else [math.sqrt(6 / inputs) / self.weight_gain]
+                phase = math.pi / self.weight_gain if activation == "sine" else max(bounds)
+            self.layers.append(MLPLayer(inputs, outputs, bounds, phase, device, dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As nn.Module, but an unknown activation is refused, and so is a gain that is no factor."""
@@ -290,10 +289,6 @@ class CoordinateMLP(nn.Module):
         return f"activation={self.activation}, weight_gain={self.weight_gain:.3g}"
 
 
-def _sequence(value: float | Sequence[float]) -> Sequence[float]:
-    return value if isinstance(value, Sequence) else (value,)
-
-
 class BasisMixing(nn.Module):
     """phi = C f + c: the fixed linear map by which the basis functions start orthonormal.
 
@@ -375,8 +370,8 @@ class BasisMixing(nn.Module):
         return f"{features}, {rank}"
 
 
-def dependence(features: Tensor, constant: bool) -> float:
-    """How near features `[K, N]` are to linear dependence: 0 if they depend, 1 if they are orthogonal.
+def independence(features: Tensor, constant: bool) -> float:
+    """How far features `[K, N]` are from linear dependence: 0 if they depend, 1 if they are orthogonal.
 
     The smallest singular value over the largest, of the features freed of their mean if `constant` and
     scaled to a length of 1; of as many as there can be over K taps.
@@ -493,7 +488,7 @@ class TapBatchNorm(nn.Module):
             mean, variance: `[C_out, C_in/groups]` or flat, to be used in place of the kernel's own:
                 those that nn.BatchNorm has kept for evaluation, say, or of another grid of taps.
         """
-        own_mean, own_variance = self._statistics(self._widened(coefficients, basis), basis)
+        own_mean, own_variance = self.statistics(coefficients, basis)
         mean, variance = (t.to(own_mean).view_as(own_mean) for t in (mean, variance))
         scale = self.weight.to(own_mean) * torch.rsqrt(variance + self.eps)
         overwrite(self, "bias", self.bias.to(own_mean) + scale * (own_mean - mean))
@@ -507,8 +502,8 @@ class TapBatchNorm(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         mean, variance = (state_dict.pop(f"{prefix}running_{of}", None) for of in ("mean", "var"))
-        if mean is not None and variance is not None and not mean.is_meta:
-            self.loaded_statistics = mean, variance
+        found = mean is not None and variance is not None and not mean.is_meta
+        self.loaded_statistics = (mean, variance) if found else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

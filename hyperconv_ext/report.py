@@ -12,6 +12,7 @@ from . import backends, ops, planner
 from ._version import __version__
 from .geometry import Geometry
 from .modules import HyperConvNd
+from .ops.mlp import widths_of
 from .problem import OPS, Problem
 
 
@@ -55,7 +56,7 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
     dtype = backends.dtype_name(conv.coefficients.dtype)
-    widths = (mlp.coordinates.shape[1], *(weight.shape[0] for weight in mlp.weights))
+    widths = widths_of(mlp.coordinates, mlp.weights)
     engine, reason = planner.mlp_backend(widths, dtype, device, backend)
     if not engine:
         return f"PyTorch ({reason})"

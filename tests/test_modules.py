@@ -38,7 +38,6 @@ GRID: list[dict[str, Any]] = [
     {"kernel_size": 4, "padding": "same", "padding_mode": "circular", "groups": 2},
     {"kernel_size": 3, "padding": "valid", "padding_mode": "circular"},
 ]
-ACTIVATIONS = ("leaky_relu", "relu", "gelu", "silu", "tanh", "sine")
 with_and_without_bias = pytest.mark.parametrize("weight_bias", [False, True])
 
 

@@ -53,9 +53,8 @@ def basis_conv(
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "leaky_relu": lambda h: torch.where(
-        h > 0, h, LEAKY_SLOPE * h
-    ),  # F's is none for DTensors of torch 2.10
+    # F.leaky_relu does not take DTensors in torch 2.10.
+    "leaky_relu": lambda h: torch.where(h > 0, h, LEAKY_SLOPE * h),
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,

@@ -31,9 +31,9 @@ from ..hypernet import (
     BasisMixing,
     CoordinateMLP,
     TapBatchNorm,
-    dependence,
     floating_dtype,
     he_normal_,
+    independence,
     overwrite,
 )
 from ..ops.sharding import replicated, whole
@@ -313,11 +313,10 @@ class HyperConvNd(nn.Module, ABC):
         return ops.Mlp(taps, weights, biases, hypernet.activation, hypernet.weight_gain, True)
 
     def _features(self) -> int:
-        """N, asked of a hyper-network that is not ours by calling it once."""
-        if isinstance(self.hypernet, CoordinateMLP):
-            layers = self.hypernet.fusible_parameters()
-            if layers is not None:
-                return layers[0][-1].shape[0]
+        """N, asked of a hyper-network that is not ours by calling it once; before there is a mixing."""
+        mlp = self._mlp()
+        if mlp is not None:
+            return mlp.weights[-1].shape[0]
         with torch.no_grad():
             return self._module_features().shape[1]
 
@@ -389,9 +388,9 @@ class HyperConvNd(nn.Module, ABC):
         best, kept = -1.0, []
         for _ in range(_DRAWS):
             hypernet.reset_parameters()  # type: ignore[operator]
-            independence = dependence(self._module_features(), self.weight_bias)
-            if independence > best:
-                best = independence
+            reached = independence(self._module_features(), self.weight_bias)
+            if reached > best:
+                best = reached
                 kept = [parameter.detach().clone() for parameter in hypernet.parameters()]
             if best > _INDEPENDENT:
                 break
@@ -569,7 +568,7 @@ def _adopt_statistics(layer: Any, _: Any) -> None:
     norm = layer.weight_norm
     if norm is not None and norm.loaded_statistics is not None:
         statistics, norm.loaded_statistics = norm.loaded_statistics, None
-        if not layer.coefficients.is_meta:
+        if not _without_numbers(layer.coefficients):
             norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
 
 

@@ -101,13 +101,19 @@ def _function(
     return function
 
 
+def widths_of(coordinates: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """(D, outputs of every layer)."""
+    return (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+
+
 def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> ModuleType | None:
     """The backend that evaluates the MLP in one kernel; None for PyTorch."""
     # The kernels differentiate by the parameters alone.
     if coordinates.requires_grad or distributed((coordinates, *weights)):
         return None
-    widths = (coordinates.shape[1], *[weight.shape[0] for weight in weights])
-    return engine(widths, weights[0].dtype, backends.describe(coordinates.device), backend)
+    return engine(
+        widths_of(coordinates, weights), weights[0].dtype, backends.describe(coordinates.device), backend
+    )
 
 
 @memoize
