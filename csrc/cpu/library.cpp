@@ -1,0 +1,59 @@
+// The functions that hyperconv_ext/backends/cpu/library.py calls, and the choice of the instructions.
+#include <cstring>
+
+#include "engine.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Level {
+  const char* name;
+  const hyperconv::Engine* engine;
+  bool (*runs)();
+};
+
+// Best first.
+const Level kLevels[] = {
+#if defined(__x86_64__)
+    {"avx512", &hyperconv::kAvx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma");
+     }},
+    {"avx2", &hyperconv::kAvx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"baseline", &hyperconv::kBaseline, [] { return true; }},
+};
+
+const Level* level;
+hyperconv::ParallelFor parallel_for;
+
+}  // namespace
+
+// Take the level of that name, or the best that this processor runs if it is null; and PyTorch's threads.
+// Returns the name of the level taken, or null if there is none of that name that this processor runs.
+EXPORT const char* hyperconv_cpu_start(const char* name, void* threads) {
+  parallel_for = reinterpret_cast<hyperconv::ParallelFor>(threads);
+  for (const Level& choice : kLevels) {
+    if (choice.runs() && (!name || !std::strcmp(name, choice.name))) {
+      level = &choice;
+      return choice.name;
+    }
+  }
+  return nullptr;
+}
+
+EXPORT int32_t hyperconv_cpu_convolve(const hyperconv::Convolution* call) {
+  return level->engine->convolve(*call, parallel_for);
+}
+
+EXPORT int32_t hyperconv_cpu_mlp_forward(const hyperconv::Mlp* call) {
+  return level->engine->mlp_forward(*call, parallel_for);
+}
+
+EXPORT int32_t hyperconv_cpu_mlp_backward(const hyperconv::Mlp* call) {
+  return level->engine->mlp_backward(*call, parallel_for);
+}

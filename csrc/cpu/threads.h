@@ -1,0 +1,53 @@
+// Tasks on PyTorch's threads, and memory that lasts as long as a call.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+
+#include "engine.h"
+
+namespace hyperconv {
+namespace {
+
+// Uninitialised room for `count` numbers at a multiple of 64 bytes; null if there is no memory.
+template <class T>
+class Room {
+ public:
+  explicit Room(int64_t count = 0)
+      : data_(count > 0 ? static_cast<T*>(std::aligned_alloc(
+                              64, (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64))
+                        : nullptr),
+        failed_(count > 0 && !data_) {}
+  ~Room() { std::free(data_); }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  T* get() const { return data_; }
+  bool failed() const { return failed_; }
+
+ private:
+  T* data_;
+  bool failed_;
+};
+
+// Calls worker(next) on up to `threads` threads, each of which takes tasks by next() until it gives -1.
+// Which thread gets which task is left to chance: no result may depend on it.
+template <class Worker>
+void run_tasks(int64_t tasks, int threads, ParallelFor parallel_for, const Worker& worker) {
+  struct Shared {
+    const Worker* worker;
+    int64_t tasks, taken;
+  } shared = {&worker, tasks, 0};
+  auto body = [](int64_t, int64_t, void* context) {
+    Shared& s = *static_cast<Shared*>(context);
+    auto next = [&s]() -> int64_t {
+      const int64_t task = __atomic_fetch_add(&s.taken, 1, __ATOMIC_RELAXED);
+      return task < s.tasks ? task : -1;
+    };
+    (*s.worker)(next);
+  };
+  const int64_t workers = tasks < threads ? tasks : threads;
+  if (workers > 1 && parallel_for && parallel_for(0, workers, 1, body, &shared) == 0) return;
+  body(0, 1, &shared);
+}
+
+}  // namespace
+}  // namespace hyperconv
