@@ -41,8 +41,10 @@ struct Strides {
 struct Convolution {
   int32_t dtype, algorithm, wanted;
   int32_t batch, groups, source_channels, target_channels, rank;  // channels per group
-  int32_t slices;     // into which the sums over all positions are dealt, whoever computes them
-  int32_t threads;    // at most
+  // Into how many slices of the tiles, and parts of the blocks of source channels (at most their number),
+  // sums are dealt, whatever the threads: it decides how they round.
+  int32_t slices, parts;
+  int32_t threads;  // at most
   Axis axis[3];
   Circle circle[3];
   Strides source_strides, target_strides, output_strides;

@@ -8,24 +8,28 @@
 namespace hyperconv {
 namespace {
 
-// Uninitialised room for `count` numbers at a multiple of 64 bytes; null if there is no memory.
+// Uninitialised memory for `count` numbers at a multiple of 64 bytes, or failed().
 template <class T>
 class Room {
  public:
-  explicit Room(int64_t count = 0)
-      : data_(count > 0 ? static_cast<T*>(std::aligned_alloc(
-                              64, (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64))
-                        : nullptr),
-        failed_(count > 0 && !data_) {}
+  Room() = default;
+  explicit Room(int64_t count) { take(count); }
   ~Room() { std::free(data_); }
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;
+  // Once.
+  void take(int64_t count) {
+    if (count <= 0) return;
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    failed_ = !data_;
+  }
   T* get() const { return data_; }
   bool failed() const { return failed_; }
 
  private:
-  T* data_;
-  bool failed_;
+  T* data_ = nullptr;
+  bool failed_ = false;
 };
 
 // Calls worker(next) on up to `threads` threads, each of which takes tasks by next() until it gives -1.

@@ -17,13 +17,18 @@ from types import ModuleType
 import torch
 
 from ..problem import Device
-from . import composite, cuda
+from . import composite, cpu, cuda
 from . import triton as triton_backend
 
 # In order of preference where estimates are equal or there are none, as for the coordinate MLP. A launch
 # through PyTorch's dispatcher does less on the host than one through Triton's. `reference`, the oracle,
 # is no backend of planned operators: it is plain PyTorch, differentiated by autograd itself.
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton_backend, "composite": composite}
+BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "triton": triton_backend,
+    "cpu": cpu,
+    "composite": composite,
+}
 
 _CONVOLUTIONS = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 

@@ -1,0 +1,156 @@
+"""From tensors and a plan to the engine's one call."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...layout import new_activation
+from ...problem import Plan, Problem
+from . import library, tiles
+from .library import BASIS, COEFFICIENTS, OUTPUT, Convolution
+from .tiles import Tile
+
+
+@lru_cache(maxsize=4096)
+def _roots(circles: tiles.Triple, double: bool) -> Tensor:
+    """Roots of unity for three circles, one after the other."""
+    numbers = [number for size in circles for number in tiles.roots(size)]
+    dtype = torch.float64 if double else torch.float32
+    return torch.tensor(numbers or [0.0], dtype=dtype, device="cpu")
+
+
+@lru_cache(maxsize=4096)
+def _prepared(problem: Problem, tile: Tile, wanted: int) -> tuple[Convolution, Tensor | None]:
+    """The call without its tensors, and the roots that it points to."""
+    call = Convolution()
+    size = tiles.channels(problem, tile.transposed)
+    call.dtype = library.DTYPES[problem.dtype]
+    call.algorithm = library.ALGORITHMS["basis" if tile.circles is None else "fft"]
+    call.wanted = wanted
+    call.batch, call.groups, call.rank = problem.batch, problem.geometry.groups, problem.rank
+    call.source_channels, call.target_channels = size.source, size.target
+    call.slices, call.parts = tile.slices, tile.parts
+    for index, axis in enumerate(tiles.map_of(problem, tile).axes):
+        call.axis[index] = library.Axis(*axis)
+        points = 1 if tile.circles is None else tile.circles[index]
+        call.circle[index].size = points
+        for stage, radix in enumerate(tiles.radices(points) or ()):
+            call.circle[index].radices[stage] = radix
+    if tile.circles is None:
+        return call, None
+    held = _roots(tile.circles, problem.dtype == "float64")
+    call.roots = held.data_ptr()
+    return call, held
+
+
+def _set_strides(strides: library.Strides, tensor: Tensor) -> None:
+    batch, channel, *axes = tensor.stride()
+    strides.batch, strides.channel = batch, channel
+    for index, stride in enumerate(reversed(axes)):
+        strides.axis[2 - index] = stride
+
+
+def _compute(tensor: Tensor, problem: Problem) -> Tensor:
+    """In the type that is computed with, contiguous."""
+    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    return tensor.to(dtype).contiguous()
+
+
+def _run(
+    problem: Problem,
+    tile: Tile,
+    wanted: int,
+    source: Tensor,
+    target: Tensor | None,
+    coefficients: Tensor | None,
+    basis: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    coefficients_gradient: Tensor | None,
+    basis_gradient: Tensor | None,
+) -> None:
+    prepared, _ = _prepared(problem, tile, wanted)
+    call = Convolution.from_buffer_copy(prepared)
+    call.threads = torch.get_num_threads()
+    call.source = source.data_ptr()
+    _set_strides(call.source_strides, source)
+    if target is not None:
+        call.target = target.data_ptr()
+        _set_strides(call.target_strides, target)
+    if output is not None:
+        call.output = output.data_ptr()
+        _set_strides(call.output_strides, output)
+    weights = coefficients if coefficients is not None else coefficients_gradient
+    if weights is not None:
+        out, into, rank = weights.stride()
+        call.coefficient_group = weights.shape[0] // problem.geometry.groups * out
+        call.coefficient_rank = rank
+        pair = (into, out) if tile.transposed else (out, into)
+        call.coefficient_target, call.coefficient_source = pair
+    if coefficients is not None:
+        call.coefficients = coefficients.data_ptr()
+    if basis is not None:
+        phi = _compute(basis, problem)
+        call.basis = phi.data_ptr()
+    if bias is not None:
+        offset = bias.to(source.dtype).contiguous()
+        call.bias = offset.data_ptr()
+    if coefficients_gradient is not None:
+        call.coefficients_gradient = coefficients_gradient.data_ptr()
+    if basis_gradient is not None:
+        call.basis_gradient = basis_gradient.data_ptr()
+    library.convolve(call)
+
+
+def _output(problem: Problem, transposed: bool, source: Tensor) -> Tensor:
+    geometry = problem.geometry
+    if transposed:
+        return new_activation(source, problem.in_channels, geometry.input_size)
+    return new_activation(source, problem.out_channels, geometry.output_size)
+
+
+def _convolve(
+    plan: Plan, source: Tensor, coefficients: Tensor, basis: Tensor, bias: Tensor | None
+) -> Tensor:
+    output = _output(plan.problem, plan.tile.transposed, source)
+    tensors = (source, None, coefficients, basis, bias, output, None, None)
+    _run(plan.problem, plan.tile, OUTPUT, *tensors)
+    return output
+
+
+basis_conv_fwd = _convolve  # y `[B, C_out, *S']` of x
+basis_conv_bwd_input = _convolve  # x's gradient `[B, C_in, *S]` of y's, plus a bias `[C_in]`
+
+
+def _sides(plan: Plan, grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """(source, target)."""
+    return (grad, input) if plan.tile.transposed else (input, grad)
+
+
+def _coefficients_gradient(problem: Problem, like: Tensor) -> Tensor:
+    groups = problem.geometry.groups
+    return like.new_empty((problem.out_channels, problem.in_channels // groups, problem.rank))
+
+
+def _basis_gradient(problem: Problem, like: Tensor) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty((problem.rank, *problem.geometry.kernel_size), dtype=dtype)
+
+
+def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+    """The gradient of A, `[C_out, C_in/groups, R]`."""
+    gradient = _coefficients_gradient(plan.problem, grad)
+    tensors = (*_sides(plan, grad, input), None, basis, None, None, gradient, None)
+    _run(plan.problem, plan.tile, COEFFICIENTS, *tensors)
+    return gradient
+
+
+def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:
+    """The gradient of phi, `[R, *kernel_size]`, in float32 at least."""
+    gradient = _basis_gradient(plan.problem, grad)
+    tensors = (*_sides(plan, grad, input), coefficients, None, None, None, None, gradient)
+    _run(plan.problem, plan.tile, BASIS, *tensors)
+    return gradient
