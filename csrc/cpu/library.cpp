@@ -33,6 +33,13 @@ hyperconv::ParallelFor parallel_for;
 
 }  // namespace
 
+// The size in bytes of a structure of engine.h, in the order of its declaration; 0 after the last.
+EXPORT int64_t hyperconv_cpu_size(int32_t which) {
+  const int64_t sizes[] = {sizeof(hyperconv::Axis), sizeof(hyperconv::Circle), sizeof(hyperconv::Strides),
+                           sizeof(hyperconv::Convolution), sizeof(hyperconv::Mlp)};
+  return which >= 0 && which < 5 ? sizes[which] : 0;
+}
+
 // Take the level of that name, or the best that this processor runs if it is null; and PyTorch's threads.
 // Returns the name of the level taken, or null if there is none of that name that this processor runs.
 EXPORT const char* hyperconv_cpu_start(const char* name, void* threads) {

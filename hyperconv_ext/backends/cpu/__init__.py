@@ -1,0 +1,1 @@
+"""The fused operators on a CPU, by the engine of csrc/cpu/."""
