@@ -5,8 +5,10 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test oldest oldest-quick bench lint aot gpu gpu-quick clean
+.PHONY: setup test oldest oldest-quick bench wheel lint aot gpu gpu-quick clean
+.NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
 
@@ -16,8 +18,14 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[triton,test]"
 	touch $@
 
+# The CPU engine, which the set-up has built: again where its source is newer. What was built once must
+# build again; where nothing was, for want of a compiler, the tests and benchmarks go without.
+$(ENGINE): setup.py $(wildcard csrc/cpu/*)
+	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=$(or $(HYPERCONV_BUILD_CPU),$(if $(wildcard $@),1,auto)) \
+		$(BIN)/python setup.py -q build_ext --inplace
+
 # What times the host comes last and alone: busy neighbours would be measured, too.
-test: $(READY)
+test: $(READY) $(ENGINE)
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10 -m "not alone"
 	$(BIN)/python -m pytest tests -q -m alone
 
@@ -33,14 +41,21 @@ $(OLDEST)/.ready: pyproject.toml
 	$(OLDEST)/bin/python -m pip install -q -e ".[triton,test]" $(OLDEST_REQUIREMENTS)
 	touch $@
 
-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10 -m "not alone"
+oldest oldest-quick: BIN := $(OLDEST)/bin
+oldest: $(OLDEST)/.ready $(ENGINE)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10 -m "not alone"
 
-oldest-quick: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest $(OLDEST_QUICK) -q -n $(WORKERS) --dist worksteal -m "not alone"
+oldest-quick: $(OLDEST)/.ready $(ENGINE)
+	$(BIN)/python -m pytest $(OLDEST_QUICK) -q -n $(WORKERS) --dist worksteal -m "not alone"
 
-bench: $(READY)
+bench: $(READY) $(ENGINE)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q
+
+# One wheel with the engines that can be built here, in dist/. It installs where there is no compiler.
+wheel: $(READY)
+	rm -rf build/lib* build/bdist* dist/hyperconv_ext-*.whl
+	$(BIN)/python -W ignore setup.py -q bdist_wheel -d dist
+	@ls dist/hyperconv_ext-*.whl
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -65,4 +80,4 @@ gpu-quick:
 	COMMIT=$(COMMIT) $(PYTHON) -m benchmarks.gpu $(OUT) --quick
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ENGINE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

@@ -67,7 +67,7 @@ def first_parts(out: Path) -> list[Part]:
 
 def parts(out: Path, quick: bool, capability: str, sanitizer: str) -> list[Part]:
     """The rest, in order. `capability`: of the GPU, '' if there is none (then nvcc's default)."""
-    build = {"HYPERCONV_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
+    build = {"HYPERCONV_BUILD_CUDA": "1", "HYPERCONV_BUILD_CPU": "0", "TORCH_CUDA_ARCH_LIST": capability}
     rows, report = str(out / "benchmarks.json"), str(WORK / "report")
     # Ends by itself, unless a row takes as long as all the others.
     limit = 45 if quick else 110

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends, ops, planner
 from ._version import __version__
+from .backends.cpu import library as cpu_library
 from .geometry import Geometry
 from .modules import HyperConvNd
 from .ops.mlp import widths_of
@@ -91,6 +92,7 @@ def environment() -> str:
         f"python        {platform.python_version()}",
         f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         f"triton        {backends.BACKENDS['triton'].installed() or 'not installed'}",
+        f"cpu library   {cpu_library.describe()}",
         f"cuda library  {backends.BACKENDS['cuda'].library.describe()}",
     ]
     devices = [torch.device("cpu")]

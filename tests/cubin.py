@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup import COMPILE_FLAGS, find_nvcc
+from setup import CUDA_FLAGS, find_nvcc
 
 from . import bounds_file, machine_code
 
@@ -86,7 +86,7 @@ def compile_source(source: Path, architecture: str) -> list[Compiled]:
 
 def _command(architecture: str) -> list[str]:
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    return [find_nvcc() or "nvcc", "-cubin", target, *COMPILE_FLAGS, *STRICT_FLAGS]
+    return [find_nvcc() or "nvcc", "-cubin", target, *CUDA_FLAGS, *STRICT_FLAGS]
 
 
 def _digest(source: Path, architecture: str) -> str:
