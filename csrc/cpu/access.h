@@ -9,7 +9,6 @@ namespace {
 template <class T>
 struct Access {
   T (*number)(const void* from, int64_t at);
-  void (*put)(void* to, int64_t at, T value);
   // to[n][width] = channels of positions `step` apart from `at` on, zeros behind them. With `index`, of
   // positions index[n] - index[0] steps from the first.
   void (*read_row)(const void* from, int64_t at, const int* index, int64_t step, int count,
@@ -17,16 +16,17 @@ struct Access {
   // The other way.
   void (*write_row)(void* to, int64_t at, int64_t step, int count, int64_t channel_step, int channels,
                     int width, const T* from);
+  // to[rows[i] * pitch + o] = the number o * outer_step + i * inner_step behind the one at `at`.
+  void (*gather)(const void* from, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
+                 const int* rows, T* to, int64_t pitch);
+  // The other way.
+  void (*scatter)(void* to, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
+                  const int* rows, const T* from, int64_t pitch);
 };
 
 template <Dtype D>
 typename Stored<D>::Compute number(const void* from, int64_t at) {
   return Stored<D>::read_one(static_cast<const typename Stored<D>::Number*>(from) + at);
-}
-
-template <Dtype D>
-void put(void* to, int64_t at, typename Stored<D>::Compute value) {
-  Stored<D>::write_one(static_cast<typename Stored<D>::Number*>(to) + at, value);
 }
 
 template <Dtype D>
@@ -36,6 +36,11 @@ void read_row(const void* from, int64_t at, const int* index, int64_t step, int 
   constexpr int V = kLanes<T>;
   const auto* p = static_cast<const typename Stored<D>::Number*>(from) + at;
   if (channel_step == 1) {
+    if (channels == width && width == V) {
+      for (int n = 0; n < count; ++n, to += V)
+        store(to, Stored<D>::read(p + (index ? index[n] - index[0] : n) * step));
+      return;
+    }
     for (int n = 0; n < count; ++n, to += width) {
       const auto* x = p + (index ? index[n] - index[0] : n) * step;
       int c = 0;
@@ -46,6 +51,21 @@ void read_row(const void* from, int64_t at, const int* index, int64_t step, int 
     return;
   }
   if (channels < width) std::memset(to, 0, static_cast<int64_t>(count) * width * sizeof(T));
+  const bool run = step == 1 && (!index || index[count - 1] - index[0] == count - 1);
+  for (int n = 0; run && n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
+    for (int c = 0; c < channels; c += V) {
+      const int lanes = channels - c < V ? channels - c : V;
+      Vec<T> v[V] = {};
+      for (int l = 0; l < lanes; ++l) {
+        const auto* x = p + (c + l) * channel_step + n;
+        v[l] = positions == V ? Stored<D>::read(x) : read_part<D>(x, positions);
+      }
+      transpose<T>(v);
+      for (int i = 0; i < positions; ++i) store(to + static_cast<int64_t>(n + i) * width + c, v[i]);
+    }
+  }
+  if (run) return;
   for (int c = 0; c < channels; ++c) {
     const int64_t channel = at + c * channel_step;
     for (int n = 0; n < count; ++n)
@@ -57,7 +77,8 @@ void read_row(const void* from, int64_t at, const int* index, int64_t step, int 
 template <Dtype D>
 void write_row(void* to, int64_t at, int64_t step, int count, int64_t channel_step, int channels, int width,
                const typename Stored<D>::Compute* from) {
-  constexpr int V = kLanes<typename Stored<D>::Compute>;
+  using T = typename Stored<D>::Compute;
+  constexpr int V = kLanes<T>;
   auto* p = static_cast<typename Stored<D>::Number*>(to) + at;
   if (channel_step == 1) {
     for (int n = 0; n < count; ++n, p += step, from += width) {
@@ -67,13 +88,70 @@ void write_row(void* to, int64_t at, int64_t step, int count, int64_t channel_st
     }
     return;
   }
+  for (int n = 0; step == 1 && n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
+    for (int c = 0; c < channels; c += V) {
+      Vec<T> v[V];
+      for (int i = 0; i < V; ++i)
+        v[i] = i < positions ? load(from + static_cast<int64_t>(n + i) * width + c) : Vec<T>{};
+      transpose<T>(v);
+      for (int l = 0; l < V && c + l < channels; ++l) {
+        auto* y = p + (c + l) * channel_step + n;
+        positions == V ? Stored<D>::write(y, v[l]) : write_part<D>(y, v[l], positions);
+      }
+    }
+  }
+  if (step == 1) return;
   for (int c = 0; c < channels; ++c)
     for (int n = 0; n < count; ++n)
-      put<D>(to, at + c * channel_step + n * step, from[static_cast<int64_t>(n) * width + c]);
+      Stored<D>::write_one(p + c * channel_step + n * step, from[static_cast<int64_t>(n) * width + c]);
 }
 
 template <Dtype D>
-constexpr Access<typename Stored<D>::Compute> kAccess = {number<D>, put<D>, read_row<D>, write_row<D>};
+void gather(const void* from, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
+            const int* rows, typename Stored<D>::Compute* to, int64_t pitch) {
+  constexpr int V = kLanes<typename Stored<D>::Compute>;
+  const auto* p = static_cast<const typename Stored<D>::Number*>(from) + at;
+  for (int o = 0; o < outer; o += V) {
+    for (int i = 0; i < inner; i += V) {
+      if (inner_step == 1 && outer - o >= V && inner - i >= V) {
+        Vec<typename Stored<D>::Compute> v[V];
+        for (int n = 0; n < V; ++n) v[n] = Stored<D>::read(p + (o + n) * outer_step + i);
+        transpose<typename Stored<D>::Compute>(v);
+        for (int n = 0; n < V; ++n) store(to + rows[i + n] * pitch + o, v[n]);
+        continue;
+      }
+      for (int n = o; n < outer && n < o + V; ++n)
+        for (int m = i; m < inner && m < i + V; ++m)
+          to[rows[m] * pitch + n] = Stored<D>::read_one(p + n * outer_step + m * inner_step);
+    }
+  }
+}
+
+template <Dtype D>
+void scatter(void* to, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
+             const int* rows, const typename Stored<D>::Compute* from, int64_t pitch) {
+  constexpr int V = kLanes<typename Stored<D>::Compute>;
+  auto* p = static_cast<typename Stored<D>::Number*>(to) + at;
+  for (int o = 0; o < outer; o += V) {
+    for (int i = 0; i < inner; i += V) {
+      if (inner_step == 1 && outer - o >= V && inner - i >= V) {
+        Vec<typename Stored<D>::Compute> v[V];
+        for (int n = 0; n < V; ++n) v[n] = load(from + rows[i + n] * pitch + o);
+        transpose<typename Stored<D>::Compute>(v);
+        for (int n = 0; n < V; ++n) Stored<D>::write(p + (o + n) * outer_step + i, v[n]);
+        continue;
+      }
+      for (int n = o; n < outer && n < o + V; ++n)
+        for (int m = i; m < inner && m < i + V; ++m)
+          Stored<D>::write_one(p + n * outer_step + m * inner_step, from[rows[m] * pitch + n]);
+    }
+  }
+}
+
+template <Dtype D>
+constexpr Access<typename Stored<D>::Compute> kAccess = {number<D>, read_row<D>, write_row<D>,
+                                                            gather<D>, scatter<D>};
 
 }  // namespace
 }  // namespace hyperconv

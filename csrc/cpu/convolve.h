@@ -107,11 +107,17 @@ class Convolver {
     Room<T> bands(c_.wanted & (kOutput | kCoefficients) ? bands_ * band_size : 0);
     Room<T> coefficient_sums(c_.wanted & kCoefficients ? c_.slices * packed_size : 0);
     Room<T> basis_sums(c_.wanted & kBasis ? int64_t{1} * c_.slices * c_.parts * gradient_size : 0);
+    Room<int> rows(block_size + c_.rank);
     Room<T> bias(c_.bias ? int64_t{1} * c_.groups * c_.target_channels : 0);
     if (packed.failed() || mixer.failed() || bands.failed() || coefficient_sums.failed() ||
-        basis_sums.failed() || bias.failed()) {
+        basis_sums.failed() || bias.failed() || rows.failed()) {
       return kNoMemory;
     }
+    // Rows of a packed block by lane, then function; then the functions' numbers.
+    for (int l = 0; l < lanes_; ++l)
+      for (int r = 0; r < c_.rank; ++r) rows.get()[l * c_.rank + r] = r * lanes_ + l;
+    functions_ = rows.get() + block_size;
+    for (int r = 0; r < c_.rank; ++r) rows.get()[block_size + r] = r;
     packed_ = packed.get();
     mixer_ = mixer.get();
     band_tables_ = bands.get();
@@ -124,8 +130,8 @@ class Convolver {
     for (int64_t n = 0; n < (c_.bias ? int64_t{1} * c_.groups * c_.target_channels : 0); ++n)
       bias_[n] = access_.number(c_.bias, n);
     if (packed_ || mixer_) {
-      run_tasks(groups_ * blocks_, c_.threads, parallel_for_, [this](auto next) {
-        for (int64_t task; (task = next()) >= 0;) pack(task);
+      run_tasks(groups_ * blocks_, c_.threads, parallel_for_, [&, this](auto next) {
+        for (int64_t task; (task = next()) >= 0;) pack(task, rows.get());
       });
     }
     if (band_tables_) make_bands();
@@ -137,8 +143,8 @@ class Convolver {
     run_pass(apart ? c_.wanted & ~kOutput : c_.wanted);
     if (failed_) return kNoMemory;
     if (c_.wanted & kCoefficients) {
-      run_tasks(groups_ * blocks_, c_.threads, parallel_for_, [this](auto next) {
-        for (int64_t task; (task = next()) >= 0;) unpack(task);
+      run_tasks(groups_ * blocks_, c_.threads, parallel_for_, [&, this](auto next) {
+        for (int64_t task; (task = next()) >= 0;) unpack(task, rows.get());
       });
     }
     if (c_.wanted & kBasis) finish_basis();
@@ -198,65 +204,69 @@ class Convolver {
     return lanewise_ ? lanes_of(group, 0) : c_.target_channels;
   }
 
-  // A block of A and where it goes: f(number in A, lane, r, t).
+  // A block of A, in pieces of numbers whose rows in a packed block are known: f(where it begins in A, its
+  // target channels, their step, its rows, their step, and numbers).
   template <class F>
-  void each_coefficient(int64_t group, int64_t block, const F& f) const {
+  void each_piece(int64_t group, int64_t block, const int* rows, const F& f) const {
     const int lanes = lanes_of(group, block);
     if (lanewise_) {
-      for (int l = 0; l < lanes; ++l)
-        for (int r = 0; r < c_.rank; ++r)
-          f((group * lanes_ + l) * c_.coefficient_group + r * c_.coefficient_rank, l, r, 0);
+      for (int l = 0; l < lanes; ++l) {
+        const int64_t at = (group * lanes_ + l) * c_.coefficient_group;
+        f(at, 1, 0, c_.rank, c_.coefficient_rank, rows + l * c_.rank);
+      }
       return;
     }
     const int64_t first = group * c_.coefficient_group + block * lanes_ * c_.coefficient_source;
-    const bool by_target = c_.coefficient_target >= c_.coefficient_source;
-    const int outer = by_target ? c_.target_channels : lanes, inner = by_target ? lanes : c_.target_channels;
-    for (int o = 0; o < outer; ++o) {
-      for (int i = 0; i < inner; ++i) {
-        const int t = by_target ? o : i, l = by_target ? i : o;
-        const int64_t at = first + t * c_.coefficient_target + l * c_.coefficient_source;
-        for (int r = 0; r < c_.rank; ++r) f(at + r * c_.coefficient_rank, l, r, t);
-      }
-    }
+    const bool together = c_.coefficient_rank == 1 && c_.coefficient_source == c_.rank;
+    if (together)
+      return f(first, c_.target_channels, c_.coefficient_target, lanes * c_.rank, int64_t{1}, rows);
+    for (int l = 0; l < lanes; ++l)
+      f(first + l * c_.coefficient_source, c_.target_channels, c_.coefficient_target, c_.rank,
+        c_.coefficient_rank, rows + l * c_.rank);
   }
 
   T* packed_block(T* base, int64_t task) const { return base + task * (packed_size_ / (groups_ * blocks_)); }
 
   // packed: [group, block][r][lane][target channel], by lanes [group][r][lane];
   // mixer: [group, block][target channel][r][lane], for FFT [group, block][r][target channel][lane].
-  void pack(int64_t task) {
+  void pack(int64_t task, const int* rows) {
     const int64_t group = task / blocks_, block = task % blocks_;
-    const int64_t row = lanewise_ ? 1 : width_;
     if (packed_) {
+      const int64_t size = packed_size_ / (groups_ * blocks_), pitch = lanewise_ ? 1 : width_;
       T* to = packed_block(packed_, task);
-      std::memset(to, 0, packed_size_ / (groups_ * blocks_) * sizeof(T));
-      each_coefficient(group, block, [&](int64_t at, int l, int r, int t) {
-        to[(static_cast<int64_t>(r) * lanes_ + l) * row + t] = access_.number(c_.coefficients, at);
+      const bool whole = lanes_of(group, block) == lanes_ && (lanewise_ || width_ == c_.target_channels);
+      if (!whole) std::memset(to, 0, size * sizeof(T));
+      each_piece(group, block, rows, [&](int64_t at, int targets, int64_t step, int n, int64_t inner,
+                                         const int* to_rows) {
+        access_.gather(c_.coefficients, at, targets, step, n, inner, to_rows, to, pitch);
       });
     }
     if (mixer_) {
-      const int64_t size = int64_t{1} * lanes_ * c_.rank * c_.target_channels;
+      const int lanes = lanes_of(group, block), ranks = c_.rank;
+      const int64_t size = int64_t{1} * lanes_ * ranks * c_.target_channels;
       const int64_t by_rank = by_fft_ ? int64_t{1} * c_.target_channels * lanes_ : lanes_;
-      const int64_t by_target = by_fft_ ? lanes_ : int64_t{1} * c_.rank * lanes_;
+      const int64_t by_target = by_fft_ ? lanes_ : int64_t{1} * ranks * lanes_;
       T* to = mixer_ + task * size;
-      std::memset(to, 0, size * sizeof(T));
-      each_coefficient(group, block, [&](int64_t at, int l, int r, int t) {
-        to[r * by_rank + t * by_target + l] = access_.number(c_.coefficients, at);
-      });
+      if (lanes < lanes_) std::memset(to, 0, size * sizeof(T));
+      const int64_t first = group * c_.coefficient_group + block * lanes_ * c_.coefficient_source;
+      for (int t = 0; t < c_.target_channels; ++t)
+        access_.gather(c_.coefficients, first + t * c_.coefficient_target, lanes, c_.coefficient_source,
+                       ranks, c_.coefficient_rank, functions_, to + t * by_target, by_rank);
     }
   }
 
   // The slices' sums, added up, to the gradient of A.
-  void unpack(int64_t task) {
+  void unpack(int64_t task, const int* rows) {
     const int64_t group = task / blocks_, block = task % blocks_;
-    const int64_t size = packed_size_ / (groups_ * blocks_), row = lanewise_ ? 1 : width_;
+    const int64_t size = packed_size_ / (groups_ * blocks_), pitch = lanewise_ ? 1 : width_;
     T* sum = packed_block(coefficient_sums_, task);
     for (int s = 1; s < c_.slices; ++s) {
       const T* other = sum + s * packed_size_;
-      for (int64_t n = 0; n < size; ++n) sum[n] += other[n];
+      for (int64_t n = 0; n < size; n += V) store(sum + n, load(sum + n) + load(other + n));
     }
-    each_coefficient(group, block, [&](int64_t at, int l, int r, int t) {
-      access_.put(c_.coefficients_gradient, at, sum[(static_cast<int64_t>(r) * lanes_ + l) * row + t]);
+    each_piece(group, block, rows, [&](int64_t at, int targets, int64_t step, int n, int64_t inner,
+                                       const int* from_rows) {
+      access_.scatter(c_.coefficients_gradient, at, targets, step, n, inner, from_rows, sum, pitch);
     });
   }
 
@@ -725,6 +735,7 @@ class Convolver {
   int lanes_, columns_;
   int64_t groups_, blocks_, width_, phases_, bands_, taps_, points_, tiles_;
   int64_t packed_size_, band_size_, gradient_size_;
+  const int* functions_;
   T *packed_, *mixer_, *band_tables_, *coefficient_sums_, *basis_sums_, *bias_;
 };
 

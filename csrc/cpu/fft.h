@@ -405,25 +405,7 @@ struct Filtered {  // multiplied by a spectrum
   Product<T> at(int64_t base, int) const { return {points + base * 2 * kLanes<T>, spectrum + 2 * base}; }
 };
 
-// sums[i] += the sum of vector i's lanes, for `count` vectors: kLanes at a time, by halves.
-template <class T, int W>
-inline void fold(Vec<T>* v) {
-  constexpr int V = kLanes<T>;
-  typedef T Index __attribute__((vector_size(kBytes)));
-  using Int = decltype(Index{} == Index{});
-  if constexpr (W < V) {
-    Int low, high;  // lanes l of a and b whose bit W is clear, then those where it is set
-    for (int l = 0; l < V; ++l) {
-      low[l] = l & W ? V + (l ^ W) : l;
-      high[l] = l & W ? V + l : l | W;
-    }
-    for (int i = 0; i < V; i += 2 * W)
-      v[i] = __builtin_shuffle((Index)v[i], (Index)v[i + W], low) +
-             __builtin_shuffle((Index)v[i], (Index)v[i + W], high);
-    fold<T, 2 * W>(v);
-  }
-}
-
+// sums[i] += the sum of vector i's lanes, for `count` vectors: kLanes at a time.
 template <class T>
 void add_lane_sums(const T* vectors, int count, T* sums) {
   constexpr int V = kLanes<T>;
@@ -431,7 +413,7 @@ void add_lane_sums(const T* vectors, int count, T* sums) {
     const int n = count - i < V ? count - i : V;
     Vec<T> v[V] = {};
     for (int l = 0; l < n; ++l) v[l] = load(vectors + static_cast<int64_t>(i + l) * V);
-    fold<T, 1>(v);
+    add_lanes<T>(v);
     if (n == V) {
       store(sums + i, load(sums + i) + v[0]);
     } else {

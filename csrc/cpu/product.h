@@ -11,10 +11,13 @@ void product_block(int64_t length, const T* a, int64_t am, int64_t al, const T* 
                    int64_t cm) {
   constexpr int V = kLanes<T>;
   Vec<T> sum[MR][NV];
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) sum[m][n] = load(c + m * cm + n * V);
   for (int64_t l = 0; l < length; ++l) {
     Vec<T> row[NV];
+#pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) row[n] = load(b + l * bl + n * V);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
@@ -23,7 +26,9 @@ void product_block(int64_t length, const T* a, int64_t am, int64_t al, const T* 
       for (int n = 0; n < NV; ++n) sum[m][n] += value * row[n];
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) store(c + m * cm + n * V, sum[m][n]);
 }
 

@@ -42,9 +42,14 @@ void responses(const Patch& s, const T* patch, const T* phi, const int64_t* pitc
             }
           }
         }
-        const int kept = s.positions[2] - w < kStep ? s.positions[2] - w : kStep;
-        for (int i = 0; i < kept; ++i, z += static_cast<int64_t>(rank) * V)
+        const int kept = s.positions[2] - w;
+#pragma GCC unroll 4
+        for (int i = 0; i < kStep; ++i) {
+          if (i >= kept) break;
+#pragma GCC unroll 8
           for (int r = 0; r < NR; ++r) store(z + r * V, sum[r][i]);
+          z += static_cast<int64_t>(rank) * V;
+        }
       }
     }
   }
@@ -56,7 +61,9 @@ template <class T, int NQ, int NR>
 void tap_sums(const Patch& s, const T* patch, const T* u, int rank, T* sums, int64_t pitch) {
   constexpr int V = kLanes<T>;
   Vec<T> sum[NQ][NR];
+#pragma GCC unroll 4
   for (int q = 0; q < NQ; ++q)
+#pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) sum[q][r] = load(sums + q * pitch + r * V);
   for (int d = 0; d < s.positions[0]; ++d) {
     for (int h = 0; h < s.positions[1]; ++h) {
@@ -77,7 +84,9 @@ void tap_sums(const Patch& s, const T* patch, const T* u, int rank, T* sums, int
       }
     }
   }
+#pragma GCC unroll 4
   for (int q = 0; q < NQ; ++q)
+#pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) store(sums + q * pitch + r * V, sum[q][r]);
 }
 

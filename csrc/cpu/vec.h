@@ -133,6 +133,44 @@ struct Stored<kHalf> {
   static void write_one(uint16_t* p, float value) { write_first<Stored>(p, value); }
 };
 
+// Pairs of vectors whose numbers differ by W: f(of both the lanes without bit W, those with it), in the
+// place of the first, and of the second.
+template <class T, int W, class F>
+inline void pair_lanes(Vec<T>* v, const F& f) {
+  constexpr int V = kLanes<T>;
+  typedef T Aligned __attribute__((vector_size(kBytes)));
+  using Index = decltype(Aligned{} == Aligned{});
+  if constexpr (W < V) {
+    Index low, high;
+    for (int l = 0; l < V; ++l) {
+      low[l] = l & W ? V + (l ^ W) : l;
+      high[l] = l & W ? V + l : l | W;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) {
+      if (i & W) continue;
+      const Aligned a = v[i], b = v[i + W];
+      f(v[i], v[i + W], Vec<T>(__builtin_shuffle(a, b, low)), Vec<T>(__builtin_shuffle(a, b, high)));
+    }
+    pair_lanes<T, 2 * W>(v, f);
+  }
+}
+
+// Lane l of v[0] becomes the sum of v[l]'s lanes.
+template <class T>
+inline void add_lanes(Vec<T>* v) {
+  pair_lanes<T, 1>(v, [](Vec<T>& first, Vec<T>&, Vec<T> low, Vec<T> high) { first = low + high; });
+}
+
+// Lane l of v[n] becomes lane n of v[l].
+template <class T>
+inline void transpose(Vec<T>* v) {
+  pair_lanes<T, 1>(v, [](Vec<T>& first, Vec<T>& second, Vec<T> low, Vec<T> high) {
+    first = low;
+    second = high;
+  });
+}
+
 // The first `lanes` of a vector, zeros behind them.
 template <Dtype D>
 inline Vec<typename Stored<D>::Compute> read_part(const typename Stored<D>::Number* p, int lanes) {
