@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends, planner
 from ..problem import OPS
-from .convolution import geometry_of, plan_of, split_arguments
+from .execution import geometry_of, plan_of, split_arguments
 from .hyper import slot_of
 from .registry import when_imported
 

@@ -19,17 +19,14 @@ from ..geometry import Geometry
 from ..problem import Plan
 from . import mlp as mlp_operators
 from . import sharding
-from .convolution import (
+from .convolution import basis_conv, bias_gradient, call, derivative
+from .execution import (
     BASIS,
     COEFFICIENTS,
     GEOMETRY_SCHEMA,
     GRAD,
     INPUT,
     OTHERS,
-    basis_conv,
-    bias_gradient,
-    call,
-    derivative,
     flatten,
     geometry_of,
     new_output,

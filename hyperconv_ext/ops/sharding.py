@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..problem import OPS
-from .convolution import BASIS, BIASED, COEFFICIENTS, GRAD, INPUT, OTHERS, split_arguments
+from . import convolution  # noqa: F401, whose operators must be there
+from .execution import BASIS, BIASED, COEFFICIENTS, GRAD, INPUT, OTHERS, split_arguments
 from .registry import when_imported
 
 _dtensor: type | None = None  # DTensor, once somebody has imported it
