@@ -8,6 +8,10 @@ All four are derivatives of one form, linear in each of four tensors,
 `basis_conv_bwd_basis` dS/dphi, each a function of the other three tensors. Hence the set is closed
 under differentiation: the gradient of <v, dS/da> by another slot b is dS/db with v in slot a. One
 autograd rule therefore serves all four, to any order, forward and reverse.
+
+A layer is dS/dg, or transposed dS/dx. A fifth operator, `basis_conv_bwd`, computes several gradients of
+a layer together, where the planner finds a backend for which that is cheaper. It is a shorthand of the
+other three and differentiated as such.
 """
 
 from __future__ import annotations
@@ -18,22 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import planner
+from .. import backends, planner
 from ..autocast import for_autocast
 from ..backends import reference
 from ..geometry import Geometry
-from ..problem import OPS
+from ..problem import JOINT, OPS, Wanted
 from .execution import (
     BIASED,
-    GRAD,
     INPUT,
+    JOINT_SCHEMA,
     OTHERS,
     execute,
+    execute_jointly,
     flatten,
     geometry_of,
     new_output,
+    one_by_one,
     schema,
+    slot_of,
     split_arguments,
+    split_joint_arguments,
 )
 from .registry import (
     Function,
@@ -57,6 +65,20 @@ def call(
     operator = getattr(torch.ops.hyperconv_ext, OPS[slot])
     operands = (*tensors, bias) if slot in BIASED else tensors
     return operator(*operands, *flatten(geometry), backend, algorithm)
+
+
+def call_jointly(
+    slot: int,
+    wanted: Wanted,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    *operands: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered joint operator: what is not wanted is an empty tensor `[0]`."""
+    operator = getattr(torch.ops.hyperconv_ext, JOINT)
+    choice = (wanted, slot == INPUT, *flatten(geometry), backend, algorithm)
+    return operator(*operands, *choice)
 
 
 def _substitute(ctx: Any, saved: Sequence[Tensor], wanted: int, value: Tensor, slot: int) -> Tensor:
@@ -93,11 +115,11 @@ class BasisConvFunction(Function):
         needs_bias, *needs = ctx.needs_input_grad[4:]
         bias = bias_gradient(value, ctx.bias_dtype) if needs_bias else None
         saved = ctx.saved_tensors  # unpacked once: checkpointing and offloading allow no more
-        results = [
-            _substitute(ctx, saved, other, value, ctx.slot).to(tensor.dtype) if need else None
-            for need, other, tensor in zip(needs, OTHERS[ctx.slot], saved, strict=True)
-        ]
-        return None, None, None, None, bias, *results
+        choice = (ctx.geometry, ctx.backend, ctx.algorithm)
+        results = gradients(ctx.slot, tuple(needs), *choice, value, *saved)
+        pairs = zip(results, saved, strict=True)
+        rounded = [None if result is None else result.to(t.dtype) for result, t in pairs]
+        return None, None, None, None, bias, *rounded
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
@@ -155,6 +177,38 @@ def derivative(
     return form(wanted, geometry, backend, algorithm, None, *operands)
 
 
+def gradients(
+    slot: int,
+    wanted: Wanted,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    value: Tensor,
+    *saved: Tensor,
+) -> Sequence[Tensor | None]:
+    """The `wanted` gradients of what `OPS[slot]` took, `saved`, from that of its result, `value`.
+
+    Of a layer together, where a backend does that and nobody differentiates further.
+    """
+    choice = (geometry, backend, algorithm)
+    operands = (value, *saved)
+    if not _may_join(slot, wanted, backend, value):
+        return one_by_one(
+            slot, wanted, operands, lambda other, *tensors: form(other, *choice, None, *tensors)
+        )
+    if not torch.compiler.is_compiling() and not transforming() and can_skip_dispatch(operands):
+        return execute_jointly(slot, wanted, *choice, *operands)
+    results = call_jointly(slot, wanted, *choice, *operands)
+    return [result if want else None for result, want in zip(results, wanted, strict=True)]
+
+
+def _may_join(slot: int, wanted: Wanted, backend: str, value: Tensor) -> bool:
+    """Whether the joint operator may be called. A graph may meet other sizes, so they do not count."""
+    if slot not in BIASED or sum(wanted) < 2 or torch.is_grad_enabled():
+        return False
+    return planner.joins_on(backends.describe(value.device), backend)
+
+
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient `[C]` of a bias from that of the activation `[B, C, *S]` it was added to."""
     return grad.sum([0, *range(2, grad.dim())]).to(dtype)
@@ -187,8 +241,7 @@ def basis_conv(
     if backend == "reference":
         planner.check_reference(algorithm)
         return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
-    slot = INPUT if transposed else GRAD
-    return form(slot, geometry, backend, algorithm, bias, input, coefficients, basis)
+    return form(slot_of(transposed), geometry, backend, algorithm, bias, input, coefficients, basis)
 
 
 def _register() -> None:
@@ -208,6 +261,37 @@ def _register() -> None:
             return BasisConvFunction.apply(slot, geometry, *spelled[-2:], bias, *tensors)
 
         register(schema(slot), kernel, fake, autograd)
+    _register_joint()
+
+
+def _register_joint() -> None:
+    def no_nones(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(like.new_empty(0) if result is None else result for result in results)
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        return no_nones(execute_jointly(*split_joint_arguments(args)), args[0])
+
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        slot, wanted, geometry, _, _, *operands = split_joint_arguments(args)
+
+        def output(other: int, *tensors: Tensor) -> Tensor:
+            return new_output(other, tensors, geometry)
+
+        return no_nones(one_by_one(slot, wanted, operands, output), args[0])
+
+    def autograd(*args: Any) -> tuple[Tensor, ...]:
+        slot, wanted, geometry, backend, algorithm, *operands = split_joint_arguments(args)
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
+        if recorded or transforming():  # the operator of each gradient has the rules of all of these
+
+            def differentiable(other: int, *tensors: Tensor) -> Tensor:
+                return call(other, geometry, backend, algorithm, None, *tensors)
+
+            return no_nones(one_by_one(slot, wanted, operands, differentiable), args[0])
+        with torch._C._AutoDispatchBelowAutograd():
+            return call_jointly(slot, wanted, geometry, backend, algorithm, *operands)
+
+    register(JOINT_SCHEMA, kernel, fake, autograd)
 
 
 _register()

@@ -6,7 +6,7 @@ has the number of the slot by which it is the derivative, and takes the other th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from .. import backends, layout, planner
 from ..autocast import without_autocast
 from ..geometry import Geometry
 from ..layout import new_activation
-from ..problem import OPS, Plan, Problem
+from ..problem import JOINT, OPS, Plan, Problem, Wanted
 from .registry import untraced
 
 _SLOTS = ("grad", "input", "coefficients", "basis")
@@ -30,6 +30,15 @@ GEOMETRY_SCHEMA = (
     "SymInt[] input_size, SymInt[] output_size, SymInt[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, str backend, str algorithm"
 )
+JOINT_SCHEMA = (
+    f"{JOINT}(Tensor grad, Tensor input, Tensor coefficients, Tensor basis, bool[3] wanted, "
+    f"bool transposed, {GEOMETRY_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def slot_of(transposed: bool) -> int:
+    """The convolution that takes x and A: the forward operator, or the input gradient."""
+    return INPUT if transposed else GRAD
 
 
 def schema(slot: int) -> str:
@@ -151,6 +160,41 @@ def plan_of(
     return _plan(slot, _described(slot, tensors), geometry, backend, algorithm)
 
 
+@lru_cache(maxsize=4096)
+def _joint_plan(
+    slot: int, wanted: Wanted, described: _Described, geometry: Geometry, backend: str, algorithm: str
+) -> Plan | None:
+    left, window = geometry.trimmed or (geometry, None)
+    op = OPS[OTHERS[slot][0]]
+    problem = replace(_problem(BASIS, described, left), op=op, wanted=wanted)
+    if problem.empty:
+        return None
+    plan = planner.joint(problem, backend, algorithm)
+    return plan if plan is None or window is None else replace(plan, window=window)
+
+
+def joint_plan_of(
+    slot: int,
+    wanted: Wanted,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    *operands: Tensor,
+) -> Plan | None:
+    """The plan of the `wanted` gradients of layer `OPS[slot]` together; None: each by its own operator.
+
+    `operands`: the gradient of the layer's output, and its input, A and phi.
+    """
+    full = by_slot(slot, operands)
+    described = _described(BASIS, [full[other] for other in OTHERS[BASIS]])
+    return _joint_plan(slot, wanted, described, geometry, backend, algorithm)
+
+
+def by_slot(slot: int, operands: Sequence[Tensor]) -> dict[int, Tensor]:
+    """All four tensors of S by their slots, of that in `slot` and then what `OPS[slot]` takes."""
+    return dict(zip((slot, *OTHERS[slot]), operands, strict=True))
+
+
 def geometry_of(spelled: Sequence[Any]) -> Geometry:
     """The geometry that `GEOMETRY_SCHEMA`'s arguments spell."""
     *lists, groups, _, _ = spelled
@@ -174,13 +218,31 @@ def run(
     operator = getattr(backends.BACKENDS[plan.backend], OPS[slot])
     with without_autocast(tensors[0].device):
         if plan.window is not None:
-            taps = (slice(None), *plan.window)
-            if slot == BASIS:  # the taps that meet no input have no gradient
-                gradient = new_output(slot, tensors, geometry).zero_()
-                gradient[taps] = operator(plan, *tensors)
-                return gradient
-            tensors = (*tensors[:2], tensors[2][taps])
+            if slot == BASIS:
+                return _all_taps(operator(plan, *tensors), plan.window, geometry)
+            tensors = (*tensors[:2], tensors[2][(slice(None), *plan.window)])
         return operator(plan, *tensors, bias) if slot in BIASED else operator(plan, *tensors)
+
+
+def _all_taps(gradient: Tensor, window: tuple[slice, ...], geometry: Geometry) -> Tensor:
+    """The gradient of phi from that of the taps in `window`: those that meet no input have none."""
+    whole = gradient.new_zeros((gradient.shape[0], *geometry.kernel_size))
+    whole[(slice(None), *window)] = gradient
+    return whole
+
+
+def _run_jointly(
+    plan: Plan, wanted: Wanted, geometry: Geometry, *operands: Tensor
+) -> Sequence[Tensor | None]:
+    """As `run`, the `wanted` gradients of a layer by their joint plan."""
+    operator = getattr(backends.BACKENDS[plan.backend], JOINT)
+    grad, input, coefficients, basis = operands
+    with without_autocast(grad.device):
+        if plan.window is None:
+            return operator(plan, grad, input, coefficients, basis, wanted)
+        basis = basis[(slice(None), *plan.window)]
+        *others, gradient = operator(plan, grad, input, coefficients, basis, wanted)
+        return *others, None if gradient is None else _all_taps(gradient, plan.window, geometry)
 
 
 @untraced
@@ -195,3 +257,42 @@ def execute(
     """The operators' kernel on every device: plan, then run on the chosen backend."""
     plan = plan_of(slot, tensors, geometry, backend, algorithm)
     return run(slot, plan, tensors, bias, geometry)
+
+
+@untraced
+def execute_jointly(
+    slot: int,
+    wanted: Wanted,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    *operands: Tensor,
+) -> Sequence[Tensor | None]:
+    """The joint operator's kernel on every device: on one backend, or gradient by gradient."""
+    plan = joint_plan_of(slot, wanted, geometry, backend, algorithm, *operands)
+    if plan is not None:
+        return _run_jointly(plan, wanted, geometry, *operands)
+    return one_by_one(
+        slot,
+        wanted,
+        operands,
+        lambda other, *tensors: execute(other, geometry, backend, algorithm, None, *tensors),
+    )
+
+
+def one_by_one(
+    slot: int, wanted: Sequence[bool], operands: Sequence[Tensor], compute: Callable[..., Tensor]
+) -> list[Tensor | None]:
+    """`compute(other, *tensors)` of the `wanted` among what operator `OPS[slot]` takes, else None."""
+    full = by_slot(slot, operands)
+    return [
+        compute(other, *[full[index] for index in OTHERS[other]]) if want else None
+        for want, other in zip(wanted, OTHERS[slot], strict=True)
+    ]
+
+
+def split_joint_arguments(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Joint operator's arguments -> (slot, wanted, geometry, backend, algorithm, *operands)."""
+    *operands, wanted, transposed = args[:6]
+    spelled = args[6:]
+    return slot_of(transposed), tuple(wanted), geometry_of(spelled), *spelled[-2:], *operands
