@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 
 from .backends import BACKENDS
-from .problem import Device, Plan, Problem
+from .problem import JOINT, Device, Plan, Problem
 
 BACKEND_NAMES = ("auto", "reference", *BACKENDS)
 ALGORITHM_NAMES = ("auto", *dict.fromkeys(a for b in BACKENDS.values() for a in b.ALGORITHMS))
@@ -70,16 +71,29 @@ def check_reference(algorithm: str) -> None:
 
 
 def candidates(problem: Problem, backend: str, algorithm: str) -> list[tuple[str, str, str]]:
-    """Every (backend, algorithm, reason it cannot run or '') that the two names admit."""
+    """Every (backend, algorithm, reason it cannot run or '') that the two names admit.
+
+    Of a joint problem only backends that compute gradients together.
+    """
     rows = []
     for name, module in BACKENDS.items():
-        if backend not in ("auto", name):
+        if backend not in ("auto", name) or (problem.wanted and not hasattr(module, JOINT)):
             continue
         for choice in module.ALGORITHMS:
             if algorithm in ("auto", choice):
                 ok, reason = module.can_run(problem, choice)
                 rows.append((name, choice, "" if ok else reason))
     return rows
+
+
+def _cheapest(problem: Problem, rows: list[tuple[str, str, str]]) -> Plan | None:
+    """Of those `candidates` that can run, by their own estimates; None if none can."""
+    plans = [
+        Plan(problem, name, choice, *BACKENDS[name].configure(problem, choice))
+        for name, choice, reason in rows
+        if not reason
+    ]
+    return min(plans, key=lambda p: p.seconds) if plans else None
 
 
 @lru_cache(maxsize=4096)
@@ -92,13 +106,9 @@ def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Pl
         PlanError: no admitted candidate can run; the message gives each one's reason.
     """
     rows = candidates(problem, backend, algorithm)
-    plans = [
-        Plan(problem, name, choice, *BACKENDS[name].configure(problem, choice))
-        for name, choice, reason in rows
-        if not reason
-    ]
-    if plans:
-        return min(plans, key=lambda p: p.seconds)
+    found = _cheapest(problem, rows)
+    if found is not None:
+        return found
     if not rows:
         known = ", ".join(f"{name}: {'/'.join(BACKENDS[name].ALGORITHMS)}" for name in BACKENDS)
         raise PlanError(
@@ -110,6 +120,31 @@ def plan(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Pl
         f"{problem.op} cannot run with backend={backend!r}, algorithm={algorithm!r} ({reasons}); "
         f"use backend='auto', 'composite' or 'reference'"
     )
+
+
+@lru_cache(maxsize=4096)
+def joint(problem: Problem, backend: str = "auto", algorithm: str = "auto") -> Plan | None:
+    """The plan of a joint problem; None where operators of their own are no dearer by the estimates.
+
+    Raises:
+        PlanError: those operators cannot run (see `plan`): what is named is used or refused here, too.
+    """
+    found = _cheapest(problem, candidates(problem, backend, algorithm))
+    if found is None:
+        return None
+    alone = [replace(problem, op=op, wanted=None) for op in problem.ops]
+    apart = sum(plan(each, backend, algorithm).seconds for each in alone)
+    return found if found.seconds < apart else None
+
+
+def joins_on(device: Device, backend: str) -> bool:
+    """Whether an admitted backend computes gradients together on this device, for some problem at least.
+
+    A graph is recorded by this, since its sizes may be unknown: with `basis_conv_bwd`, which plans when
+    it is run, or else with the operator of each gradient.
+    """
+    admitted = BACKENDS.values() if backend == "auto" else (BACKENDS[backend],)
+    return any(hasattr(module, JOINT) and module.joins_on(device) for module in admitted)
 
 
 def mlp_backend(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[str, str]:

@@ -14,6 +14,8 @@ OPS: tuple[Op, ...] = (
     "basis_conv_bwd_coeff",
     "basis_conv_bwd_basis",
 )
+JOINT = "basis_conv_bwd"  # several gradients of one layer together
+Wanted = tuple[bool, bool, bool]  # which of the gradients of (the layer's input, A, phi)
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Problem:
-    """One of the four operators on one shape.
+    """One of the four operators on one shape, or several gradients of a layer together.
 
     `aligned` says that every activation is channels last with channels (per group too) in multiples
     of `layout.GRANULE`, so that kernels read them 16 bytes at a time. `dtype` is the name of the compute
     type (`'bfloat16'`), `tf32` whether the framework's switches allow it for float32 convolutions,
     `deterministic` the state of `torch.use_deterministic_algorithms`.
+
+    `wanted`, if not None, makes it a joint problem: those gradients of one layer. `op` is then the
+    operator that gives the gradient of the layer's input (even if that is not wanted):
+    `basis_conv_bwd_input` of a convolution, `basis_conv_fwd` of a transposed one. The other gradients
+    are `basis_conv_bwd_coeff` and `basis_conv_bwd_basis` in either case.
     """
 
     op: Op
@@ -50,6 +57,14 @@ class Problem:
     aligned: bool = False
     tf32: bool = False
     deterministic: bool = False
+    wanted: Wanted | None = None
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The operators whose results are asked for: of a joint problem, one for each gradient."""
+        if self.wanted is None:
+            return (self.op,)
+        return tuple(op for op, want in zip((self.op, *OPS[2:]), self.wanted, strict=True) if want)
 
     @property
     def empty(self) -> bool:

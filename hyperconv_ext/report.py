@@ -14,7 +14,7 @@ from .backends.cpu import library as cpu_library
 from .geometry import Geometry
 from .modules import HyperConvNd
 from .ops.mlp import widths_of
-from .problem import OPS, Problem
+from .problem import JOINT, OPS, Plan, Problem
 
 
 def explain(conv: HyperConvNd, input: Tensor) -> str:
@@ -48,6 +48,11 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:
         lines += _operator_lines(replace(forward, op=op), name)
+    through_input = OPS[int(not conv.transposed)]
+    every = replace(forward, op=through_input, wanted=(True, True, True))
+    together = planner.joint(every, name)
+    if together is not None:
+        lines.append(f"{JOINT}, all gradients together: {_planned(together)}")
     return "\n".join(lines)
 
 
@@ -68,8 +73,7 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
 
 def _operator_lines(problem: Problem, backend: str) -> list[str]:
     plan = planner.plan(problem, backend)
-    tile = "" if plan.tile is None else f", tile {plan.tile.name}"
-    lines = [f"{problem.op}: {plan.backend}/{plan.algorithm}{tile}{_estimate(plan.seconds)}"]
+    lines = [f"{problem.op}: {_planned(plan)}"]
     for name, algorithm, reason in planner.candidates(problem, backend, "auto"):
         if (name, algorithm) == (plan.backend, plan.algorithm):
             continue
@@ -79,6 +83,11 @@ def _operator_lines(problem: Problem, backend: str) -> list[str]:
             why = f"not cheaper{_estimate(seconds)}"
         lines.append(f"    not {name}/{algorithm}: {why}")
     return lines
+
+
+def _planned(plan: Plan) -> str:
+    tile = "" if plan.tile is None else f", tile {plan.tile.name}"
+    return f"{plan.backend}/{plan.algorithm}{tile}{_estimate(plan.seconds)}"
 
 
 def _estimate(seconds: float) -> str:

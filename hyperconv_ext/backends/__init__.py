@@ -7,6 +7,14 @@ with the zeros of banded products and of channels rounded up among them, and tho
 One with `can_evaluate(widths, dtype, device) -> (ok, reason)` also evaluates the coordinate MLP:
 `coordinate_mlp_fwd`, `coordinate_mlp_bwd`, and `hyper_conv_fwd`, the forward operator or the input
 gradient whose basis is an MLP's.
+
+One with `basis_conv_bwd(plan, grad, input, coefficients, basis, wanted)` also computes several gradients
+of a layer together, sharing what they have in common. `grad` is that of the layer's output, `input` the
+layer's; `wanted` has at least two. It returns the gradients of (input, coefficients, basis), None for
+what is not wanted: the first is what the operator `plan.problem.op` gives for (grad, coefficients,
+basis), and dtypes and layouts are those of the operators of each. `can_run`, `configure` and `flops` are
+then also asked about problems with `wanted`, and `joins_on(device) -> bool` whether there is any such
+problem there that it takes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The operators: schemas, fakes, autograd and autocast. Nothing else in the package registers any."""
 
 from . import flops, sharding
-from .convolution import basis_conv, form, problem_of
+from .convolution import basis_conv, form
+from .execution import problem_of
 from .hyper import Mlp, hyper_conv
 from .mlp import coordinate_mlp
 from .registry import keep_operators

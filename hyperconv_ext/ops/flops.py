@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from .. import backends, planner
-from ..problem import OPS
-from .convolution import geometry_of, plan_of, split_arguments
-from .hyper import slot_of
+from ..problem import JOINT, OPS
+from . import convolution, hyper, mlp  # noqa: F401, whose operators must be there
+from .execution import (
+    OTHERS,
+    by_slot,
+    geometry_of,
+    joint_plan_of,
+    plan_of,
+    slot_of,
+    split_arguments,
+    split_joint_arguments,
+)
 from .registry import when_imported
 
 
@@ -27,6 +36,20 @@ def _convolution(slot: int, tensors: Any, spelled: Any) -> int:
     except planner.PlanError:  # on fake tensors of a device that is not here
         plan = plan_of(slot, tensors, geometry, "composite", "auto")
     return int(backends.BACKENDS[plan.backend].flops(plan)) if plan else 0
+
+
+def _joint(*args: Any) -> int:
+    slot, wanted, *choice, grad, input, coefficients, basis = split_joint_arguments(args)
+    operands = (grad, input, coefficients, basis)
+    try:
+        plan = joint_plan_of(slot, wanted, *choice, *operands)
+    except planner.PlanError:
+        plan = None
+    if plan is not None:
+        return int(backends.BACKENDS[plan.backend].flops(plan))
+    full = by_slot(slot, operands)
+    asked = [other for other, want in zip(OTHERS[slot], wanted, strict=True) if want]
+    return sum(_convolution(other, [full[i] for i in OTHERS[other]], args[6:]) for other in asked)
 
 
 def _mlp(coordinates: Tensor, weights: list[Tensor], first: int) -> int:
@@ -52,7 +75,7 @@ def _register() -> None:
 
         return without_result
 
-    def convolution(slot: int) -> Any:
+    def one(slot: int) -> Any:
         def count(*args: Any) -> int:
             tensors, _, spelled = split_arguments(slot, args)
             return _convolution(slot, tensors, spelled)
@@ -60,7 +83,8 @@ def _register() -> None:
         return count
 
     for slot, name in enumerate(OPS):
-        register_flop_formula(getattr(namespace, name), get_raw=True)(formula(convolution(slot)))
+        register_flop_formula(getattr(namespace, name), get_raw=True)(formula(one(slot)))
+    register_flop_formula(getattr(namespace, JOINT), get_raw=True)(formula(_joint))
     register_flop_formula(namespace.hyper_conv_fwd, get_raw=True)(formula(_hyper_conv))
 
     def forward(coordinates: Tensor, weights: list[Tensor], *rest: Any) -> int:

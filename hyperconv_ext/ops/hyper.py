@@ -19,22 +19,15 @@ from ..geometry import Geometry
 from ..problem import Plan
 from . import mlp as mlp_operators
 from . import sharding
-from .convolution import (
-    BASIS,
-    COEFFICIENTS,
+from .convolution import basis_conv, bias_gradient, call, gradients
+from .execution import (
     GEOMETRY_SCHEMA,
-    GRAD,
-    INPUT,
-    OTHERS,
-    basis_conv,
-    bias_gradient,
-    call,
-    derivative,
     flatten,
     geometry_of,
     new_output,
     plan_of,
     run,
+    slot_of,
 )
 from .registry import (
     Function,
@@ -61,11 +54,6 @@ class Mlp(NamedTuple):
     activation: str
     weight_gain: float = 1.0
     linear_output: bool = False
-
-
-def slot_of(transposed: bool) -> int:
-    """The convolution that takes x and A: the forward operator, or the input gradient."""
-    return INPUT if transposed else GRAD
 
 
 _Compute = Callable[..., tuple[Tensor, Tensor]]
@@ -105,19 +93,15 @@ class HyperConvFunction(Function):
         grad, basis_grad = grads
         bias_grad = input_grad = coefficients_grad = None
         if grad is not None:
-            slot = slot_of(transposed)
-            first = OTHERS[slot][0]
-            shaped = basis.view(-1, *geometry.kernel_size)
-            full = {slot: grad, first: input, COEFFICIENTS: coefficients, BASIS: shaped}
-            choice = (full, geometry, backend, algorithm)
             if needs_bias:
                 bias_grad = bias_gradient(grad, bias_dtype)
-            if needs_input:
-                input_grad = derivative(first, *choice)
-            if needs_coefficients:
-                coefficients_grad = derivative(COEFFICIENTS, *choice)
-            if any(needs_parameters):
-                through_output = derivative(BASIS, *choice).view(basis.shape)
+            wanted = (needs_input, needs_coefficients, any(needs_parameters))
+            choice = (slot_of(transposed), wanted, geometry, backend, algorithm)
+            shaped = basis.view(-1, *geometry.kernel_size)
+            results = gradients(*choice, grad, input, coefficients, shaped)
+            input_grad, coefficients_grad, through_output = results
+            if through_output is not None:
+                through_output = through_output.view(basis.shape)
                 basis_grad = through_output if basis_grad is None else basis_grad + through_output
         parameter_grads: Sequence[Tensor | None] = (None,) * len(parameters)
         if basis_grad is not None and any(needs_parameters):

@@ -1,8 +1,9 @@
 """Sharding strategies of the operators, for `torch.distributed.tensor`.
 
-All four are derivatives of one sum over (batch, output channel, input channel), see `convolution`. It
-may be split along any of the three: what has that index is sharded by it, what does not is replicated,
-and a result without it is a partial sum. Channels of a grouped convolution are not split.
+All of a convolution are derivatives of one sum over (batch, output channel, input channel), see
+`convolution`. It may be split along any of the three: what has that index is sharded by it, what does
+not is replicated, and a result without it is a partial sum. Channels of a grouped convolution are not
+split.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import OPS
-from .convolution import BASIS, BIASED, COEFFICIENTS, GRAD, INPUT, OTHERS, split_arguments
+from ..problem import JOINT, OPS, Wanted
+from . import convolution  # noqa: F401, whose operators must be there
+from .execution import (
+    BASIS,
+    BIASED,
+    COEFFICIENTS,
+    GRAD,
+    INPUT,
+    OTHERS,
+    split_arguments,
+    split_joint_arguments,
+)
 from .registry import when_imported
 
 _dtensor: type | None = None  # DTensor, once somebody has imported it
@@ -54,23 +65,47 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _strategies(slot: int, has_bias: bool, groups: int) -> list[tuple[list[Any], list[Any]]]:
-    """Placements of (results, tensors) that go together."""
+_Rows = list[tuple[list[Any], list[Any]]]  # placements of (results, tensors) that go together
+
+
+def _indices(groups: int) -> tuple[str, ...]:
+    """What the sum may be split along."""
+    return ("batch", "out", "in") if groups == 1 else ("batch",)
+
+
+def _placement(slot: int, index: str, otherwise: Any) -> Any:
+    """Of the tensor in `slot` where the sum is split along `index`, which it may not have."""
+    from torch.distributed.tensor import Shard
+
+    axis = _AXES[slot].get(index)
+    return otherwise if axis is None else Shard(axis)
+
+
+def _strategies(slot: int, has_bias: bool, groups: int) -> _Rows:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    def placement(axis: int | None, otherwise: Any) -> Any:
-        return otherwise if axis is None else Shard(axis)
-
     bias = [Replicate()] if has_bias else []
-    rows: list[tuple[list[Any], list[Any]]] = [([Replicate()], [Replicate()] * 3 + bias)]
-    for index in ("batch", "out", "in") if groups == 1 else ("batch",):
-        own = _AXES[slot].get(index)
-        if own is None and has_bias:
+    rows: _Rows = [([Replicate()], [Replicate()] * 3 + bias)]
+    for index in _indices(groups):
+        if index not in _AXES[slot] and has_bias:
             continue  # every part of the sum would add it
-        others = [placement(_AXES[other].get(index), Replicate()) for other in OTHERS[slot]]
+        others = [_placement(other, index, Replicate()) for other in OTHERS[slot]]
         if has_bias:
-            others.append(placement(0 if _BIAS_INDEX[slot] == index else None, Replicate()))
-        rows.append(([placement(own, Partial())], others))
+            others.append(Shard(0) if _BIAS_INDEX[slot] == index else Replicate())
+        rows.append(([_placement(slot, index, Partial())], others))
+    return rows
+
+
+def _joint_strategies(slot: int, wanted: Wanted, groups: int) -> _Rows:
+    """Of the gradients of a layer together: each result is placed as that of its own operator."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    rows: _Rows = [([Replicate()] * 3, [Replicate()] * 4)]
+    for index in _indices(groups):
+        operands = [_placement(other, index, Replicate()) for other in (slot, *OTHERS[slot])]
+        pairs = zip(OTHERS[slot], wanted, strict=True)
+        results = [_placement(o, index, Partial()) if want else Replicate() for o, want in pairs]
+        rows.append((results, operands))
     return rows
 
 
@@ -85,7 +120,7 @@ def _register() -> None:
     for slot, name in enumerate(OPS):
         operator = getattr(torch.ops.hyperconv_ext, name).default
 
-        def strategy(*args: Any, slot: int = slot) -> list[tuple[list[Any], list[Any]]]:
+        def strategy(*args: Any, slot: int = slot) -> _Rows:
             _, bias, spelled = split_arguments(slot, args)
             return _strategies(slot, bias is not None, spelled[-3])
 
@@ -94,6 +129,14 @@ def _register() -> None:
         # it is that of the first plain integer, and two strides would share one output's shape.
         first = 3 + (slot in BIASED)
         propagator.op_to_schema_info[operator] = RuntimeSchemaInfo(first, needs_pytree=True)
+    joint = getattr(torch.ops.hyperconv_ext, JOINT).default
+
+    def joint_strategy(*args: Any) -> _Rows:
+        slot, wanted, geometry, *_ = split_joint_arguments(args)
+        return _joint_strategies(slot, wanted, geometry.groups)
+
+    register_sharding(joint)(joint_strategy)
+    propagator.op_to_schema_info[joint] = RuntimeSchemaInfo(4, needs_pytree=True)
 
 
 when_imported("torch.distributed.tensor", _register)
