@@ -41,6 +41,11 @@ def configure(problem: Problem, algorithm: str) -> tuple[Any, float]:
     return choice
 
 
+def joins_on(device: Device) -> bool:
+    """Whether several gradients of a layer can be computed together there."""
+    return device.kind == "cpu" and not library.reason()
+
+
 def flops(plan: Plan) -> float:
     """Operations that the engine executes."""
     return tiles.flops(plan.problem, plan.tile)
@@ -50,3 +55,4 @@ basis_conv_fwd = launch.basis_conv_fwd
 basis_conv_bwd_input = launch.basis_conv_bwd_input
 basis_conv_bwd_coeff = launch.basis_conv_bwd_coeff
 basis_conv_bwd_basis = launch.basis_conv_bwd_basis
+basis_conv_bwd = launch.basis_conv_bwd

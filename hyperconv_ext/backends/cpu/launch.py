@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...layout import new_activation
-from ...problem import Plan, Problem
+from ...problem import Plan, Problem, Wanted
 from . import library, tiles
-from .library import BASIS, COEFFICIENTS, OUTPUT, Convolution
+from .library import Convolution
 from .tiles import Tile
 
 
@@ -23,13 +23,13 @@ def _roots(circles: tiles.Triple, double: bool) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _prepared(problem: Problem, tile: Tile, wanted: int) -> tuple[Convolution, Tensor | None]:
+def _prepared(problem: Problem, tile: Tile) -> tuple[Convolution, Tensor | None]:
     """The call without its tensors, and the roots that it points to."""
     call = Convolution()
     size = tiles.channels(problem, tile.transposed)
     call.dtype = library.DTYPES[problem.dtype]
     call.algorithm = library.ALGORITHMS["basis" if tile.circles is None else "fft"]
-    call.wanted = wanted
+    call.wanted = tiles.wanted_of(problem)
     call.batch, call.groups, call.rank = problem.batch, problem.geometry.groups, problem.rank
     call.source_channels, call.target_channels = size.source, size.target
     call.slices, call.parts = tile.slices, tile.parts
@@ -60,9 +60,7 @@ def _compute(tensor: Tensor, problem: Problem) -> Tensor:
 
 
 def _run(
-    problem: Problem,
-    tile: Tile,
-    wanted: int,
+    plan: Plan,
     source: Tensor,
     target: Tensor | None,
     coefficients: Tensor | None,
@@ -72,7 +70,8 @@ def _run(
     coefficients_gradient: Tensor | None,
     basis_gradient: Tensor | None,
 ) -> None:
-    prepared, _ = _prepared(problem, tile, wanted)
+    problem, tile = plan.problem, plan.tile
+    prepared, _ = _prepared(problem, tile)
     call = Convolution.from_buffer_copy(prepared)
     call.threads = torch.get_num_threads()
     call.source = source.data_ptr()
@@ -83,7 +82,10 @@ def _run(
     if output is not None:
         call.output = output.data_ptr()
         _set_strides(call.output_strides, output)
-    weights = coefficients if coefficients is not None else coefficients_gradient
+    weights = coefficients
+    if coefficients_gradient is not None:  # the strides are those of both
+        weights = coefficients_gradient
+        coefficients = None if coefficients is None else coefficients.contiguous()
     if weights is not None:
         out, into, rank = weights.stride()
         call.coefficient_group = weights.shape[0] // problem.geometry.groups * out
@@ -117,7 +119,7 @@ def _convolve(
 ) -> Tensor:
     output = _output(plan.problem, plan.tile.transposed, source)
     tensors = (source, None, coefficients, basis, bias, output, None, None)
-    _run(plan.problem, plan.tile, OUTPUT, *tensors)
+    _run(plan, *tensors)
     return output
 
 
@@ -144,7 +146,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     """The gradient of A, `[C_out, C_in/groups, R]`."""
     gradient = _coefficients_gradient(plan.problem, grad)
     tensors = (*_sides(plan, grad, input), None, basis, None, None, gradient, None)
-    _run(plan.problem, plan.tile, COEFFICIENTS, *tensors)
+    _run(plan, *tensors)
     return gradient
 
 
@@ -152,5 +154,22 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     """The gradient of phi, `[R, *kernel_size]`, in float32 at least."""
     gradient = _basis_gradient(plan.problem, grad)
     tensors = (*_sides(plan, grad, input), coefficients, None, None, None, None, gradient)
-    _run(plan.problem, plan.tile, BASIS, *tensors)
+    _run(plan, *tensors)
     return gradient
+
+
+def basis_conv_bwd(
+    plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor, basis: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The `wanted` gradients of a layer's input, A and phi, by one z of the gradient of its output."""
+    problem, backward = plan.problem, plan.problem.op == "basis_conv_bwd_input"
+    output = _output(problem, backward, grad) if wanted[0] else None
+    pair = (grad, input) if plan.tile.transposed == backward else (input, grad)
+    coefficients_gradient = basis_gradient = None
+    if wanted[1]:
+        coefficients_gradient = _coefficients_gradient(problem, grad if backward else input)
+    if wanted[2]:
+        basis_gradient = _basis_gradient(problem, grad)
+    parameters = (coefficients if wanted[0] or wanted[2] else None, basis)
+    _run(plan, *pair, *parameters, None, output, coefficients_gradient, basis_gradient)
+    return output, coefficients_gradient, basis_gradient

@@ -21,7 +21,7 @@ from . import library
 Triple = tuple[int, int, int]
 
 OUTPUT, COEFFICIENTS, BASIS = library.OUTPUT, library.COEFFICIENTS, library.BASIS
-_WANTED = {
+_BITS = {
     "basis_conv_fwd": OUTPUT,
     "basis_conv_bwd_input": OUTPUT,
     "basis_conv_bwd_coeff": COEFFICIENTS,
@@ -123,9 +123,15 @@ def map_of(problem: Problem, tile: Tile) -> Lattice:
     return lattice(problem.geometry, problem.batch, tile.transposed, tile.shape, gaps=False)
 
 
-def directions(problem: Problem, wanted: int) -> tuple[bool, ...]:
+@lru_cache(maxsize=4096)
+def wanted_of(problem: Problem) -> int:
+    """Bits of what is asked for."""
+    return sum(_BITS[op] for op in problem.ops)
+
+
+def directions(problem: Problem) -> tuple[bool, ...]:
     """Which may be the target: where the output is, or either."""
-    if wanted & OUTPUT:
+    if wanted_of(problem) & OUTPUT:
         return (problem.op == "basis_conv_bwd_input",)
     return (False, True)
 
@@ -208,17 +214,17 @@ def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]
                 )
 
 
-def _product_work(size: Channels, rank: int, lanes: int, wanted: int) -> float:
-    """Vector multiply-adds per position and block of `lanes` source channels, products only."""
-    count = (wanted & OUTPUT > 0) + (wanted & COEFFICIENTS > 0) + (wanted & BASIS > 0)
+def _product_work(size: Channels, rank: int, lanes: int, count: int) -> float:
+    """Vector multiply-adds of `count` products per position and block of `lanes` source channels."""
     if size.lanewise:
         return count * rank * 3
     vector = lanes
     return count * rank * lanes * -(-size.target // vector)
 
 
-def _seconds(problem: Problem, tile: Tile, wanted: int) -> float:
+def _seconds(problem: Problem, tile: Tile) -> float:
     """Estimated, on one machine's threads."""
+    wanted = wanted_of(problem)
     lanes, _ = _lanes(problem)
     size = channels(problem, tile.transposed)
     axes = map_of(problem, tile).axes
@@ -231,14 +237,12 @@ def _seconds(problem: Problem, tile: Tile, wanted: int) -> float:
     tiles = problem.batch * phases * prod(axis.tiles for axis in axes)
     positions = problem.batch * phases * prod(counts)
     sums = bool(wanted & (OUTPUT | COEFFICIENTS)) + bool(wanted & BASIS)
-    products = _product_work(size, rank, lanes, wanted) * (block // lanes)
+    products = _product_work(size, rank, lanes, len(problem.ops)) * (block // lanes)
     clocks = positions * blocks * products / _PRODUCT
     if tile.circles is None:
         taps = prod(axis.taps for axis in axes)
         rounded = _up(tile.shape[2], 4) / tile.shape[2]
-        patch = prod(
-            (n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)
-        )
+        patch = prod((n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True))
         clocks += positions * blocks * rank * taps * rounded * sums / _TAPS
         clocks += tiles * blocks * patch * 2
     else:
@@ -258,8 +262,9 @@ def _seconds(problem: Problem, tile: Tile, wanted: int) -> float:
     return clocks / (_CLOCK * threads) + _CALL
 
 
-def _slices(problem: Problem, wanted: int, size: Channels, lanes: int) -> tuple[int, int]:
+def _slices(problem: Problem, size: Channels, lanes: int) -> tuple[int, int]:
     """(slices of the tiles, parts of the blocks)."""
+    wanted = wanted_of(problem)
     if not wanted & (COEFFICIENTS | BASIS):
         return 1, 1
     numbers = size.source * size.target * problem.rank * problem.geometry.groups
@@ -269,18 +274,11 @@ def _slices(problem: Problem, wanted: int, size: Channels, lanes: int) -> tuple[
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, algorithm: str, wanted: int = 0) -> tuple[Tile, float] | None:
-    """The tile with the least estimated time, and that time in seconds; None if none computes it.
-
-    Args:
-        problem: what is planned.
-        algorithm: `'basis'` or `'fft'`.
-        wanted: bits of what is asked for; by default what the operator gives.
-    """
-    wanted = wanted or _WANTED[problem.op]
+def choose(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
+    """The tile with the least estimated time, and that time in seconds; None if none computes it."""
     lanes, registers = _lanes(problem)
     best: tuple[Tile, float] | None = None
-    for transposed in directions(problem, wanted):
+    for transposed in directions(problem):
         whole = lattice(problem.geometry, problem.batch, transposed, (1, 1, 1), gaps=False)
         size = channels(problem, transposed)
         shapes: Iterator[tuple[Triple, Triple | None]]
@@ -293,25 +291,26 @@ def choose(problem: Problem, algorithm: str, wanted: int = 0) -> tuple[Tile, flo
             shapes = ((shape, None) for shape in _tap_shapes(_counts(whole.axes), step))
         for shape, circles in shapes:
             block = 2 * lanes if circles else lanes
-            tile = Tile(shape, circles, transposed, *_slices(problem, wanted, size, block))
-            seconds = _seconds(problem, tile, wanted)
+            tile = Tile(shape, circles, transposed, *_slices(problem, size, block))
+            seconds = _seconds(problem, tile)
             if best is None or seconds < best[1]:
                 best = tile, seconds
     return best
 
 
 def flops(problem: Problem, tile: Tile) -> float:
-    """Operations of an operator: two for each multiply-add, transforms by 5 n log2 n."""
+    """Operations of what is asked for: two for each multiply-add, transforms by 5 n log2 n."""
     size = channels(problem, tile.transposed)
     axes = map_of(problem, tile).axes
     phases = prod(axis.phases for axis in axes)
     positions = problem.batch * phases * prod(_counts(axes))
-    groups, rank = problem.geometry.groups, problem.rank
-    products = 2.0 * positions * groups * size.source * size.target * rank
+    groups, rank, wanted = problem.geometry.groups, problem.rank, wanted_of(problem)
+    products = 2.0 * positions * groups * size.source * size.target * rank * len(problem.ops)
+    sums = bool(wanted & (OUTPUT | COEFFICIENTS)) + bool(wanted & BASIS)
     if tile.circles is None:
         taps = prod(axis.taps for axis in axes)
-        return products + 2.0 * positions * groups * size.source * rank * taps
+        return products + 2.0 * positions * groups * size.source * rank * taps * sums
     tiles = problem.batch * phases * prod(axis.tiles for axis in axes)
     points = prod(tile.circles)
-    transforms = 5.0 * points * math.log2(points) * (1 + rank) + 6.0 * points * rank
+    transforms = 5.0 * points * math.log2(points) * (1 + rank * sums) + 6.0 * points * rank * sums
     return products + tiles * groups * size.source / 2 * transforms
