@@ -21,16 +21,21 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 
-from hyperconv_ext import backends
+from hyperconv_ext import backends, planner
+from hyperconv_ext.backends.cpu import library as cpu_library
 from hyperconv_ext.backends.cuda import library
 
-FUSED = ["cuda", "triton"]
+ON_GPU = ["cuda", "triton"]  # fused backends whose kernels a GPU runs
+FUSED = [*ON_GPU, "cpu"]
+QUICK = ["cuda", "cpu"]  # fused backends without an interpreter that takes seconds
+EVALUATING = [name for name in FUSED if hasattr(backends.BACKENDS[name], "can_evaluate")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Why a fused backend cannot be tested here, or ''. A test of it, that is one with a parameter `backend`
 # and the fixture `device`, is skipped with this reason.
 WHY_NOT = {
     "cuda": library.reason(),
     "triton": backends.BACKENDS["triton"].can_evaluate((1,), "float32", backends.describe(DEVICE))[1],
+    "cpu": cpu_library.reason(),
 }
 
 
@@ -38,6 +43,7 @@ def pytest_report_header() -> list[str]:
     places = {
         "cuda": "executed by the host" if library.executes_on_cpu() else "on the GPU",
         "triton": "in its interpreter" if DEVICE.type == "cpu" else "on the GPU",
+        "cpu": cpu_library.describe(),
     }
     return [
         f"backend {name} is NOT tested: {reason}" if reason else f"backend {name}: {places[name]}"
@@ -53,15 +59,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skips a row of the CPU engine's transforms that the engine refuses, with its own reason.
+
+    `tests/test_cpu_engine.py` says which they are.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    try:
+        return (yield)
+    except planner.PlanError as error:
+        if (parameters.get("backend"), parameters.get("algorithm")) != ("cpu", "fft"):
+            raise
+        pytest.skip(str(error))
+
+
 def needs(backend: str) -> pytest.MarkDecorator:
     """Skips a test of a fused backend where that cannot be tested, with the reason."""
     return pytest.mark.skipif(bool(WHY_NOT[backend]), reason=WHY_NOT[backend])
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return DEVICE
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU where there is one, but for tests of the CPU engine."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return device_of(parameters.get("backend", "auto"))
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend is tested."""
+    return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +125,8 @@ def dtypes_of(backend: str, device: torch.device) -> list[torch.dtype]:
     """The dtypes a backend can be tested in on this machine."""
     if backend == "composite":
         return [torch.float64, torch.float32, torch.bfloat16]
+    if backend == "cpu":
+        return [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     if backend == "triton" and device.type == "cpu":
         return [torch.float32, torch.float16]  # the interpreter multiplies bfloat16 wrongly
     return [torch.float32, torch.float16, torch.bfloat16]
