@@ -1,7 +1,7 @@
 """The C++ engine for CPUs: csrc/cpu/, in a shared library loaded when first asked for.
 
-Two algorithms: `basis` forms z tap by tap, `fft` by transforms of tiles, whose cost hardly depends on the
-kernel size. Either multiplies a tile's z at once and keeps nothing of it.
+Two algorithms: `basis` forms z tap by tap, `fft` by transforms of tiles, whose cost hardly depends on
+the kernel size. Either multiplies a tile's z at once and keeps nothing of it.
 """
 
 from __future__ import annotations
