@@ -1,5 +1,5 @@
-// The coordinate MLP, vectors across taps: a block of taps goes through all layers while its features are in
-// the cache.
+// The coordinate MLP, vectors across taps: a block of taps goes through all layers while its features
+// are in the cache.
 #pragma once
 #include "engine.h"
 #include "functions.h"
@@ -173,17 +173,24 @@ void multiply(const Matrix<T>& m, const T* bias, const T* x, int64_t size, T* y)
   for (; row < m.rows; ++row) multiply_rows<1, kScale>(m, bias, x, size, y, row);
 }
 
-template <class T>
-inline T sum_of(Vec<T> v) {
-  T sums[kLanes<T>];
-  store(sums, v);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-    for (int l = 0; l < n; ++l) sums[l] += sums[l + n];
+// kCount lanes.
+template <class T, int kCount>
+struct Part {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <class T, int kCount = kLanes<T>>
+inline T sum_of(typename Part<T, kCount>::type v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    const auto* halves = reinterpret_cast<const typename Part<T, kCount / 2>::type*>(&v);
+    return sum_of<T, kCount / 2>(halves[0] + halves[1]);
   }
-  return sums[0];
 }
 
-// sums [rows, columns] += x y^T at its rows and columns from r and c on; x [rows, size], y [columns, size].
+// sums [rows, columns] += x y^T in a tile whose first row and column are r and c; x [rows, size],
+// y [columns, size].
 template <int kRows, int kColumns, class T>
 void add_outer(const T* x, const T* y, int64_t size, T* sums, int64_t columns, int64_t r, int64_t c) {
   Vec<T> tile[kRows][kColumns] = {};
@@ -319,8 +326,8 @@ Status forward(const Mlp& p, ParallelFor parallel_for) {
   return static_cast<Status>(status);
 }
 
-// Where a block keeps the inputs of every layer, and the derivatives by its W h + b of first its outputs, then
-// the result: rows of the block's memory. And where a layer's gradients are in a sum of all of them.
+// Where a block keeps the inputs of every layer, and the derivatives by its W h + b of first its
+// outputs, then the result: rows of the block's memory. And where each layer's gradients are in a sum.
 struct Layout {
   int64_t inputs[kMaxLayers], deltas[kMaxLayers], rows = 0;
   int64_t weights[kMaxLayers], biases[kMaxLayers], gradients = 0;
@@ -350,7 +357,9 @@ void add_block(const Mlp& p, const Layout& layout, const Span& s, T* block, T* s
   }
   T* delta = row(layout.deltas[last]);
   const T* gradient = static_cast<const T*>(p.gradient) + s.first;
-  if (!is_linear(p, last)) evaluate<true>(p, last, s.size, row(layout.inputs[last]), row(layout.rows), delta);
+  if (!is_linear(p, last)) {
+    evaluate<true>(p, last, s.size, row(layout.inputs[last]), row(layout.rows), delta);
+  }
   for (int64_t r = 0; r < p.widths[p.layers]; ++r) {
     T* to = delta + r * s.size;
     const T* from = gradient + r * p.taps;

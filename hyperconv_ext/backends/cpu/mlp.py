@@ -15,7 +15,6 @@ from . import library
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers are those of `Activation` in csrc/cpu/mlp.h
-_CPU = torch.device("cpu")
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -32,12 +31,12 @@ def can_evaluate(widths: tuple[int, ...], dtype: str, device: Device) -> tuple[b
     return not reason, reason
 
 
-def _ready(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same numbers as the engine reads them."""
-    if tensor.device != _CPU:
-        raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}; move it there")
-    if tensor.dtype is dtype and tensor.is_contiguous():
-        return tensor
+    if not tensor.is_cpu:
+        raise ValueError(
+            f"coordinate MLP: expected all tensors on the CPU, got one on {tensor.device}; move it there"
+        )
     return tensor.to(dtype).contiguous()
 
 
@@ -85,8 +84,8 @@ def _prepare(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     settings: tuple[str, float, bool, bool],
-) -> tuple[library.Mlp, list[Tensor], list[Tensor], Tensor]:
-    """(the call with its operands, weights, biases, coordinates): those three must outlive the call."""
+) -> tuple[library.Mlp, list[Tensor]]:
+    """(the call, its operands: weights, biases, coordinates), which must outlive the call."""
     double = weights[0].dtype is torch.float64
     dtype = torch.float64 if double else torch.float32
     header = _header(
@@ -97,14 +96,18 @@ def _prepare(
         double,
         torch.get_num_threads(),
     )
+    operands = [
+        tensor
+        if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+        else _convert(tensor, dtype)
+        for tensor in (*weights, *biases, coordinates)
+    ]
+    *addresses, points = [tensor.data_ptr() for tensor in operands]
     call, layers = library.Mlp.from_buffer_copy(header), len(weights)
-    coordinates = _ready("coordinates", coordinates, dtype)
-    weights = [_ready("weights", weight, dtype) for weight in weights]
-    biases = [_ready("biases", bias, dtype) for bias in biases]
-    call.coordinates = coordinates.data_ptr()
-    call.weight[:layers] = [weight.data_ptr() for weight in weights]
-    call.bias[:layers] = [bias.data_ptr() for bias in biases]
-    return call, weights, biases, coordinates
+    call.coordinates = points
+    call.weight[:layers] = addresses[:layers]
+    call.bias[:layers] = addresses[layers:]
+    return call, operands
 
 
 def coordinate_mlp_fwd(
@@ -118,8 +121,8 @@ def coordinate_mlp_fwd(
 ) -> Tensor:
     """phi `[R, K]`, in float64 if the weights are, else in float32."""
     settings = (activation, weight_gain, linear_output, constant)
-    call, kernels, offsets, points = _prepare(coordinates, weights, biases, settings)
-    basis = points.new_empty((kernels[-1].shape[0] + constant, points.shape[0]))
+    call, operands = _prepare(coordinates, weights, biases, settings)
+    basis = operands[-1].new_empty((weights[-1].shape[0] + constant, coordinates.shape[0]))
     call.basis = basis.data_ptr()
     library.mlp_forward(call)
     return basis
@@ -136,16 +139,17 @@ def coordinate_mlp_bwd(
 ) -> list[Tensor]:
     """Gradients of (weights..., biases...) from that of phi, `[at least N, K]`."""
     settings = (activation, weight_gain, linear_output, False)
-    call, kernels, offsets, points = _prepare(coordinates, weights, biases, settings)
-    features, (rows, taps) = offsets[-1].shape[0], grad.shape
-    if rows < features or taps != points.shape[0]:
+    call, (*parameters, points) = _prepare(coordinates, weights, biases, settings)
+    shape, layers = (call.widths[call.layers], call.taps), call.layers
+    if grad.dim() != 2 or grad.shape[0] < shape[0] or grad.shape[1] != shape[1]:
         raise ValueError(
-            f"grad: expected phi's, [at least {features}, {points.shape[0]}], got {list(grad.shape)}; "
-            f"pass the gradient of what coordinate_mlp_fwd returns"
+            f"grad: expected phi's, [at least {shape[0]}, {shape[1]}], got {list(grad.shape)}; pass the "
+            f"gradient of what coordinate_mlp_fwd returns"
         )
-    given = _ready("grad", grad, points.dtype)
-    call.gradient = given.data_ptr()
-    gradients, layers = [torch.empty_like(tensor) for tensor in (*kernels, *offsets)], len(kernels)
+    if grad.dtype is not points.dtype or not grad.is_cpu or not grad.is_contiguous():
+        grad = _convert(grad, points.dtype)
+    call.gradient = grad.data_ptr()
+    gradients = [torch.empty_like(tensor) for tensor in parameters]
     addresses = [tensor.data_ptr() for tensor in gradients]
     call.weight_gradient[:layers] = addresses[:layers]
     call.bias_gradient[:layers] = addresses[layers:]
