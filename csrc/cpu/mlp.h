@@ -8,8 +8,9 @@
 
 namespace hyperconv {
 namespace {
+namespace mlp {
 
-// In launch.py's order.
+// In the order of `ACTIVATIONS` in hyperconv_ext/backends/reference.py.
 enum Activation : int32_t { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
 
 // A block's features should stay below this, and it has no more vectors of taps.
@@ -418,14 +419,18 @@ Status backward(const Mlp& p, ParallelFor parallel_for) {
   return kDone;
 }
 
+}  // namespace mlp
+
 Status mlp_forward(const Mlp& p, ParallelFor parallel_for) {
-  if (!is_known(p)) return kUnknown;
-  return p.dtype == kDouble ? forward<double>(p, parallel_for) : forward<float>(p, parallel_for);
+  if (!mlp::is_known(p)) return kUnknown;
+  return p.dtype == kDouble ? mlp::forward<double>(p, parallel_for)
+                            : mlp::forward<float>(p, parallel_for);
 }
 
 Status mlp_backward(const Mlp& p, ParallelFor parallel_for) {
-  if (!is_known(p)) return kUnknown;
-  return p.dtype == kDouble ? backward<double>(p, parallel_for) : backward<float>(p, parallel_for);
+  if (!mlp::is_known(p)) return kUnknown;
+  return p.dtype == kDouble ? mlp::backward<double>(p, parallel_for)
+                            : mlp::backward<float>(p, parallel_for);
 }
 
 }  // namespace
