@@ -1,7 +1,7 @@
 """The C++ engine for CPUs: csrc/cpu/, in a shared library loaded when first asked for.
 
-Two algorithms: `basis` forms z tap by tap, `fft` by transforms of tiles, whose cost hardly depends on the
-kernel size. Either multiplies a tile's z at once and keeps nothing of it.
+Two algorithms: `basis` forms z tap by tap, `fft` by transforms of tiles, whose cost hardly depends on
+the kernel size. Either multiplies a tile's z at once and keeps nothing of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...problem import Device, Plan, Problem
-from . import launch, library, tiles
+from . import launch, library, mlp, tiles
 
 ALGORITHMS = ("basis", "fft")
 
@@ -56,3 +56,7 @@ basis_conv_bwd_input = launch.basis_conv_bwd_input
 basis_conv_bwd_coeff = launch.basis_conv_bwd_coeff
 basis_conv_bwd_basis = launch.basis_conv_bwd_basis
 basis_conv_bwd = launch.basis_conv_bwd
+hyper_conv_fwd = launch.hyper_conv_fwd
+can_evaluate = mlp.can_evaluate
+coordinate_mlp_fwd = mlp.coordinate_mlp_fwd
+coordinate_mlp_bwd = mlp.coordinate_mlp_bwd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ from ...layout import new_activation
 from ...problem import Plan, Problem, Wanted
 from . import library, tiles
 from .library import Convolution
+from .mlp import coordinate_mlp_fwd
 from .tiles import Tile
 
 
@@ -173,3 +175,22 @@ def basis_conv_bwd(
     parameters = (coefficients if wanted[0] or wanted[2] else None, basis)
     _run(plan, *pair, *parameters, None, output, coefficients_gradient, basis_gradient)
     return output, coefficients_gradient, basis_gradient
+
+
+def hyper_conv_fwd(
+    plan: Plan,
+    source: Tensor,
+    coefficients: Tensor,
+    coordinates: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    weight_gain: float,
+    linear_output: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y or x's gradient, phi `[R, K]`), phi by the coordinate MLP."""
+    constant = coefficients.shape[2] > weights[-1].shape[0]
+    settings = (activation, weight_gain, linear_output, constant)
+    basis = coordinate_mlp_fwd(coordinates, weights, biases, *settings)
+    return _convolve(plan, source, coefficients, basis, bias), basis

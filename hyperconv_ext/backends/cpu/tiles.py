@@ -193,7 +193,7 @@ def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]
     """(positions, circles) of tiles: all of an axis, or what a circle leaves of a kernel."""
     choices: list[list[tuple[int, int]]] = []
     for axis, count in zip(axes, _counts(axes), strict=True):
-        sizes = []
+        sizes: list[tuple[int, int]] = []
         if axis.taps == 1 and axis.in_size == 1 and count == 1:
             sizes.append((1, 1))
         else:
