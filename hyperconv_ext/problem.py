@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .geometry import Geometry
 
@@ -29,6 +30,25 @@ class Device:
     kind: str
     capability: int = 0
     processors: int = 1
+
+
+class WeightShape(NamedTuple):
+    """W as it is built: K taps of `inputs` and `outputs` per group, of rank R, in a dtype by name."""
+
+    taps: int
+    inputs: int
+    outputs: int
+    rank: int
+    dtype: str
+
+
+def weight_shape(
+    coefficients: Sequence[int], taps: int, groups: int, transposed: bool, dtype: str
+) -> WeightShape:
+    """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed."""
+    outputs, inputs, rank = coefficients
+    pair = (outputs // groups, inputs) if transposed else (inputs, outputs // groups)
+    return WeightShape(taps, *pair, rank, dtype)
 
 
 @dataclass(frozen=True)

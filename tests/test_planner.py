@@ -11,13 +11,13 @@ import pytest
 
 from benchmarks import shapes
 from hyperconv_ext import planner
-from hyperconv_ext.backends import cuda, triton
+from hyperconv_ext.backends import BACKENDS, cuda, triton
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.backends.cuda import tiles as cuda_tiles
 from hyperconv_ext.backends.triton import tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.planner import PlanError
-from hyperconv_ext.problem import OPS, Device, Op, Problem
+from hyperconv_ext.problem import OPS, Device, Op, Problem, WeightShape
 
 from .planning import GPU_SHAPES, H200, problem, shaped
 
@@ -156,11 +156,31 @@ def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
         assert atomic or splits == 1 or splits * chunks * 5 * kernel**2 < weight
 
 
-def test_dense_convolution_off_the_gpu_for_small_kernels() -> None:
-    assert planner.prefers_dense("cpu", 9, 64, 5)
-    assert not planner.prefers_dense("cpu", 31 * 31, 64, 5)
-    assert not planner.prefers_dense("cpu", 49, 512, 5)
-    assert not planner.prefers_dense("cuda", 9, 64, 5)
+def _prefers_dense(taps: int, channels: int, rank: int = 5, kind: str = "cpu") -> bool:
+    return planner.prefers_dense(kind, WeightShape(taps, channels, channels, rank, "float32"))
+
+
+def test_dense_convolution_without_an_engine_for_small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "joins_on", lambda device: False)
+    assert _prefers_dense(9, 64)
+    assert not _prefers_dense(31 * 31, 64)
+    assert not _prefers_dense(49, 512)
+    assert not _prefers_dense(9, 64, kind="cuda")
+
+
+def test_dense_convolution_where_the_cpu_engine_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "joins_on", lambda device: True)
+    for channels in (16, 64, 256):
+        assert _prefers_dense(1, channels)
+        assert not _prefers_dense(25, channels)
+        assert not _prefers_dense(31 * 31, channels, rank=17)
+        assert _prefers_dense(9, channels, rank=17)
+    assert not _prefers_dense(9, 64)
+    assert _prefers_dense(49, 1)  # depthwise
+    assert not _prefers_dense(31 * 31, 1)
+    assert _prefers_dense(9, 3)
 
 
 DEEP = (2, *(16,) * 8, 4)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from ...problem import Problem
+from ...problem import Problem, WeightShape
 from ..lattice import Axis, Lattice, lattice
 from . import library
 
@@ -110,7 +110,8 @@ def roots(points: int) -> tuple[float, ...]:
 @lru_cache
 def circle_sizes(least: int) -> tuple[int, ...]:
     """The few smallest sizes with radices from `least` points on."""
-    sizes, points = [], least
+    sizes: list[int] = []
+    points = least
     while len(sizes) < 3:
         if radices(points) is not None:
             sizes.append(points)
@@ -314,3 +315,25 @@ def flops(problem: Problem, tile: Tile) -> float:
     points = prod(tile.circles)
     transforms = 5.0 * points * math.log2(points) * (1 + rank * sums) + 6.0 * points * rank * sums
     return products + tiles * groups * size.source / 2 * transforms
+
+
+_TRANSFORMED = 40  # taps that a transform costs per position, channel and function, at most
+_SMALL = {"bfloat16": 1.6, "float16": 1.6}  # how much faster the library is where the engine is not
+
+
+def outruns_dense(weight: WeightShape) -> bool:
+    """Whether this engine beats building W and the library's convolution, by counts and a margin.
+
+    Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
+    what a transform costs in the place of K. Source channels fill lanes, so that fewer than sixteen
+    waste some. Of 100 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward
+    and step, W built each time) those within the margins were level or ahead.
+    """
+    taps, rank = weight.taps, weight.rank
+    margin = _SMALL.get(weight.dtype, 1.0)
+    if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
+        return taps > 1.8 * margin * rank * min(taps, _TRANSFORMED)
+    columns = _up(weight.outputs, 16)
+    ratio = taps * columns / (rank * (columns + min(taps, _TRANSFORMED)))
+    used = weight.inputs / _up(weight.inputs, 16)
+    return ratio * used > margin * (1.2 if used == 1 else 1.5)
