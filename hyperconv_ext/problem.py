@@ -33,22 +33,22 @@ class Device:
 
 
 class WeightShape(NamedTuple):
-    """W as it is built: K taps of `inputs` and `outputs` per group, of rank R, in a dtype by name."""
+    """W as it is built: K taps of `inputs` by `outputs` a group, of rank R, `width` bytes a number."""
 
     taps: int
     inputs: int
     outputs: int
     rank: int
-    dtype: str
+    width: int
 
 
 def weight_shape(
-    coefficients: Sequence[int], taps: int, groups: int, transposed: bool, dtype: str
+    coefficients: Sequence[int], taps: int, groups: int, transposed: bool, width: int
 ) -> WeightShape:
     """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed."""
     outputs, inputs, rank = coefficients
     pair = (outputs // groups, inputs) if transposed else (inputs, outputs // groups)
-    return WeightShape(taps, *pair, rank, dtype)
+    return WeightShape(taps, *pair, rank, width)
 
 
 @dataclass(frozen=True)

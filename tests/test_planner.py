@@ -157,7 +157,7 @@ def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
 
 
 def _prefers_dense(taps: int, channels: int, rank: int = 5, kind: str = "cpu") -> bool:
-    return planner.prefers_dense(kind, WeightShape(taps, channels, channels, rank, "float32"))
+    return planner.prefers_dense(kind, WeightShape(taps, channels, channels, rank, 4))
 
 
 def test_dense_convolution_without_an_engine_for_small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

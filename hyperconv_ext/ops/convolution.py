@@ -216,8 +216,8 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_of(input: Tensor, coefficients: Tensor, geometry: Geometry, transposed: bool) -> WeightShape:
     """W as it would be built for this input."""
-    dtype = backends.dtype_name(input.dtype)
-    return weight_shape(coefficients.shape, geometry.taps, geometry.groups, transposed, dtype)
+    width = input.dtype.itemsize
+    return weight_shape(coefficients.shape, geometry.taps, geometry.groups, transposed, width)
 
 
 def basis_conv(
