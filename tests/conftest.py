@@ -28,7 +28,6 @@ from hyperconv_ext.backends.cuda import library
 ON_GPU = ["cuda", "triton"]  # fused backends whose kernels a GPU runs
 FUSED = [*ON_GPU, "cpu"]
 QUICK = ["cuda", "cpu"]  # fused backends without an interpreter that takes seconds
-EVALUATING = [name for name in FUSED if hasattr(backends.BACKENDS[name], "can_evaluate")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Why a fused backend cannot be tested here, or ''. A test of it, that is one with a parameter `backend`
 # and the fixture `device`, is skipped with this reason.

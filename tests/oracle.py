@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,16 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """|actual - truth| / |truth| in the L2 norm; NaN stays NaN."""
     norm = truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
     return ((actual.double() - truth).norm() / norm).item()
+
+
+def floor_of_sums(dtype: torch.dtype, terms: int) -> float:
+    """Allowed beside twice the framework's error, where one sum of `terms` terms makes up the result.
+
+    Added one after the other, n terms of either sign make partial sums of sqrt(j) times a term, each
+    rounded by a fifth of 2**-23 of itself: together sqrt(n) / 7 times 2**-23 of the result. The
+    framework's own error may be that of shorter sums of sums.
+    """
+    return FLOOR[dtype] * (1 + math.sqrt(terms) / 7)
 
 
 def check(name: str, actual: Tensor, truth: Tensor, own: Tensor, floor: float | None = None) -> None:

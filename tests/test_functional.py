@@ -18,7 +18,7 @@ from hyperconv_ext import HyperConv2d, functional
 from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.planner import PlanError
 
-from .conftest import FUSED, dtypes_of
+from .conftest import FUSED, ON_GPU, dtypes_of
 from .oracle import check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,7 +29,6 @@ IN_BFLOAT16 = [
     *("auto", "reference", "composite"),
     *(name for name in FUSED if torch.bfloat16 in dtypes_of(name, DEVICE)),
 ]
-every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 
 
 def _tensors(device, dtype=torch.float32) -> dict[str, Tensor]:
@@ -110,9 +109,9 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "cudnn"},
         V,
-        "backend: expected one of auto, reference, cuda, triton, composite, got 'cudnn'; pass",
+        "backend: expected one of auto, reference, cuda, triton, cpu, composite, got 'cudnn'; pass",
     ),
-    ({"algorithm": "fft"}, V, "algorithm: expected one of auto, …direct…got 'fft'; pass one"),
+    ({"algorithm": "winograd"}, V, "algorithm: expected one of auto, …direct…got 'winograd'; pass one"),
     (
         {"backend": "composite", "algorithm": "direct"},
         PlanError,
@@ -221,7 +220,7 @@ def test_hyper_conv2d_refuses(row, device) -> None:
     _refused(functional.hyper_conv2d, _mlp(device), row)
 
 
-@every_fused_backend
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize(
     ("function", "arguments"), [(functional.basis_conv2d, _tensors), (functional.hyper_conv2d, _mlp)]
 )
@@ -232,9 +231,9 @@ def test_float64_is_refused(function, arguments, backend: str, device) -> None:
 
 
 def test_a_named_algorithm_is_used_by_auto(device) -> None:
-    """Not replaced by the dense convolution, which has none: the fused backends refuse float64."""
+    """Not replaced by the dense convolution, which has none: who builds W on chip refuses float64."""
     with pytest.raises(PlanError, match="not float64"):
-        functional.basis_conv2d(**_tensors(device, torch.float64), algorithm="basis")
+        functional.basis_conv2d(**_tensors(device, torch.float64), algorithm="direct")
 
 
 # (weight_gain, linear_output)
@@ -389,9 +388,9 @@ def test_float32_basis_with_bfloat16_input(backend: str, device) -> None:
     check("basis", gradient, expected, expected.bfloat16())
 
 
-@every_fused_backend
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_environment_overrides_auto(backend: str, device, monkeypatch) -> None:
-    """Seen by what the fused backends refuse: float64."""
+    """Seen by what these backends refuse: float64."""
     tensors = _tensors(device, torch.float64)
     expected = _dense(tensors)
     monkeypatch.setenv("HYPERCONV_BACKEND", backend)

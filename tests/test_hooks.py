@@ -21,9 +21,9 @@ from hyperconv_ext import (
     parameter_groups,
 )
 
-from .conftest import FUSED, precision_of_the_framework
+from .conftest import FUSED, QUICK, precision_of_the_framework
 
-BACKENDS = ["reference", "composite", *FUSED[:1]]  # who evaluates the network is one decision for all
+BACKENDS = ["reference", "composite", *QUICK]  # who evaluates the network is one decision for all
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 HOOKS = (
     "register_forward_hook",

@@ -18,7 +18,7 @@ from hyperconv_ext.backends import triton as engine
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.problem import Device
 
-from .conftest import FUSED, needs
+from .conftest import ON_GPU, needs
 
 # The library is looked for where there is none, whatever was built here.
 _NOT_BUILT = """
@@ -122,7 +122,7 @@ def _explain(backend: str, device: torch.device) -> str:
     return explain(conv, torch.randn(2, 16, 14, 14, device=device))
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_explain_names_the_choice_and_the_reasons(backend: str, device) -> None:
     basis, coefficients = {
         "cuda": ("basis_conv", "coefficient_gradient"),

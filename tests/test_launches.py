@@ -6,6 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d, planner
 from hyperconv_ext.backends import describe, tf32_allowed
+from hyperconv_ext.backends.cpu import library as cpu_library
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.problem import OPS, Device
 
-from .conftest import FUSED, needs
+from .conftest import FUSED, ON_GPU, needs
 from .planning import H200, problem, shares_of
 
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
@@ -34,6 +36,7 @@ _FREE = {
     "view",
     "alias",
 }
+_CALLS = ("convolve", "mlp_forward", "mlp_backward")  # of the CPU engine
 # Seconds of host time beyond those of nn.Conv2d: of a forward pass, and of one with all gradients.
 _HOST_LIMITS = {"no_grad": 25e-6, "grad": 27e-6, "step": 150e-6}
 # What nn.Conv2d itself took on the idle CPU (an AMD EPYC) for which the limits were set: one that is
@@ -65,6 +68,13 @@ def _own_launches(backend: str, work: Callable[[], object]) -> int:
         before = count()
         work()
         return count() - before
+    if backend == "cpu":
+        with ExitStack() as stack:
+            functions = {name: getattr(cpu_library, name) for name in _CALLS}
+            patches = [mock.patch.object(cpu_library, n, wraps=f) for n, f in functions.items()]
+            calls = [stack.enter_context(patch) for patch in patches]
+            work()
+        return sum(call.call_count for call in calls)
     from hyperconv_ext.backends.triton import launch
 
     with mock.patch.object(launch, "launch", side_effect=launch.launch) as launched:
@@ -73,9 +83,12 @@ def _own_launches(backend: str, work: Callable[[], object]) -> int:
 
 
 def launches(backend: str, work: Callable[[], object]) -> tuple[int, list[str]]:
-    """(launches of the backend's kernels, PyTorch's operators that launch); on a GPU all in one list."""
+    """(launches of the backend's kernels, PyTorch's operators that launch); on a GPU all in one list.
+
+    Of the CPU engine, its calls.
+    """
     work()  # what happens once is not counted
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and backend != "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
@@ -109,7 +122,7 @@ def _sums(backend: str, device: Device) -> list[str]:
     return found
 
 
-@every_fused_backend
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_shares_on_an_h200(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 132 multiprocessors A's gradient is added atomically, phi's in a workspace: 12 launches."""
     monkeypatch.setattr(library, "reason", lambda: "")
@@ -120,17 +133,30 @@ def test_shares_on_an_h200(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     planner.plan.cache_clear()
 
 
-@every_fused_backend
-def test_launches_of_a_training_step(backend: str, device) -> None:
-    """Forward 2; two for each of three gradients, one for the MLP's; a sum for the bias's; `_sums`."""
-    layer = HyperConv2d(16, 16, 5, padding=2, backend=backend, device=device)
+def _step(layer: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+    """A training step of a layer with 16 channels."""
     input = torch.randn(2, 16, 9, 9, device=device).contiguous(memory_format=torch.channels_last)
     input.requires_grad_()
     grad = torch.randn_like(input)
     leaves = (input, *layer.parameters())
-    own, names = launches(backend, lambda: torch.autograd.grad(layer(input), leaves, grad))
+    return lambda: torch.autograd.grad(layer(input), leaves, grad)
+
+
+def test_calls_of_a_training_step_on_a_cpu() -> None:
+    """Forward 2, the three gradients together 1, the MLP's 1; a sum for the bias's."""
+    if reason := cpu_library.reason():
+        pytest.skip(reason)
+    layer = HyperConv2d(16, 16, 5, padding=2, backend="cpu")
+    assert launches("cpu", _step(layer, torch.device("cpu"))) == (4, ["sum"])
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_launches_of_a_training_step(backend: str, device) -> None:
+    """Forward 2; two for each of three gradients, one for the MLP's; a sum for the bias's; `_sums`."""
+    layer = HyperConv2d(16, 16, 5, padding=2, backend=backend, device=device)
+    own, names = launches(backend, _step(layer, device))
     if torch.cuda.is_available():
-        assert len(names) == 2 + 3 * 2 + 1 + 1 + len(_sums(backend, describe(input.device))), names
+        assert len(names) == 2 + 3 * 2 + 1 + 1 + len(_sums(backend, describe(device))), names
     else:  # where what an operator calls itself is not seen
         assert (own, names) == (2 + 3 * 2 + 1, ["sum"])
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import hyperconv_ext
 from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, HyperConvTranspose2d, layout
 
-from .conftest import FUSED
+from .conftest import FUSED, QUICK
 
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-BACKENDS = ["reference", "composite", *(name for name in FUSED if name != "triton")]
+BACKENDS = ["reference", "composite", *QUICK]
 # (C_in, C_out, groups, kernel_size) of layers with one element on some axes of the weight, or on none.
 SIZES = [
     *((3, 4, 1, 3), (1, 4, 1, 1), (4, 1, 1, 3), (1, 1, 1, 1)),
@@ -116,7 +116,7 @@ def test_an_output_of_one_position_stays_contiguous(dims: int, backend: str, dev
     ("kind", "backend"),
     [
         *itertools.product([HyperConv2d, HyperConvTranspose2d, HyperConv3d], BACKENDS),
-        *((HyperConv2d, name) for name in FUSED if name == "triton"),
+        (HyperConv2d, "triton"),
     ],
 )
 def test_a_converted_model_gives_channels_last(kind, backend: str, device) -> None:

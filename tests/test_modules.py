@@ -19,7 +19,7 @@ from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.hypernet import tap_coordinates
 from hyperconv_ext.modules.base import PARAMETRIZATIONS
 
-from .conftest import FUSED, dtypes_of, precision_of_the_framework
+from .conftest import FUSED, QUICK, dtypes_of, precision_of_the_framework
 from .oracle import check
 
 # Arguments after (in_channels=4, out_channels=8).
@@ -116,7 +116,7 @@ def test_drop_in(arguments: dict[str, Any], backend: str, dtype: torch.dtype, de
 
 
 def _fused_grid() -> list[tuple[str, dict[str, Any]]]:
-    """All arguments for cuda, three for triton, whose interpreter takes its time."""
+    """All arguments, but three for triton, whose interpreter takes its time."""
     few = (GRID[2], GRID[3], GRID[11])
     return [(name, arguments) for name in FUSED for arguments in (few if name == "triton" else GRID)]
 
@@ -483,7 +483,7 @@ def test_weight_norm_under_autocast(device) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["auto", *(name for name in FUSED if name != "triton")])
+@pytest.mark.parametrize("backend", ["auto", *QUICK])
 @pytest.mark.parametrize("weight_norm", [None, "batch"])
 def test_training_reduces_the_loss(weight_norm: str | None, backend: str, device) -> None:
     """Learning a Gaussian blur; Triton's interpreter would take minutes."""

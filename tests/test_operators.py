@@ -11,21 +11,11 @@ import torch
 from hyperconv_ext import functional, ops, planner
 from hyperconv_ext.geometry import Geometry
 
-from .conftest import FUSED, backend_algorithms, dtypes_of, precision_of_the_framework
-from .oracle import CASES, FLOOR, NAMES, Case, check, draw, evaluate, lay_out
+from .conftest import FUSED, ON_GPU, backend_algorithms, dtypes_of, precision_of_the_framework
+from .oracle import CASES, NAMES, Case, check, draw, evaluate, floor_of_sums, lay_out
 from .planning import shares_of
 
 LAYOUT_CASES = [case for case in CASES if case.name in ("3x3", "stride and dilation", "aligned")]
-
-
-def _floor(dtype: torch.dtype, terms: int) -> float:
-    """Allowed beside twice the framework's error, where one sum of `terms` terms makes up the result.
-
-    Added one after the other, n terms of either sign make partial sums of sqrt(j) times a term, each
-    rounded by a fifth of 2**-23 of itself: together sqrt(n) / 7 times 2**-23 of the result. The
-    framework's own error may be that of shorter sums of sums.
-    """
-    return FLOOR[dtype] * (1 + math.sqrt(terms) / 7)
 
 
 def _compare(case: Case, backend: str, algorithm: str, dtype: torch.dtype, layout: str, device) -> None:
@@ -46,7 +36,7 @@ def _compare(case: Case, backend: str, algorithm: str, dtype: torch.dtype, layou
         # thread, in their order. In the other dtypes the floor is far above that.
         in_order = (backend, name, dtype) == ("composite", "basis", torch.float32)
         terms = case.batch * case.in_channels * shape[2:].numel() if in_order else 0
-        check(name, *values, floor=_floor(dtype, terms))
+        check(name, *values, floor=floor_of_sums(dtype, terms))
 
 
 def _grid() -> list[tuple[str, str, Case]]:
@@ -97,7 +87,7 @@ def _atomic_gradients(case: Case, backend: str, device) -> list[bool]:
     return [shares_of(plan)[1] for plan in plans]
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     "case",

@@ -10,7 +10,7 @@ from torch import Tensor, multiprocessing
 
 from hyperconv_ext import HyperConv2d, functional
 
-from .conftest import WHY_NOT, precision_of_the_framework
+from .conftest import QUICK, WHY_NOT, precision_of_the_framework
 
 WORLD = 2
 SHAPES = ((4, 4, 6, 5), (4, 4, 3), (3, 3, 2), (4,))  # input, coefficients, basis, bias
@@ -91,8 +91,9 @@ def _work(rank: int, path: str, backends: list[str]) -> None:
 
 
 def test_distributed_tensors(tmp_path: Path) -> None:
-    """On the CPU. A strategy knows nothing of backends: one of the fused ones is enough."""
-    fused = [] if torch.cuda.is_available() or WHY_NOT["cuda"] else ["cuda"]
+    """On the CPU. A strategy knows nothing of backends: one with each way to gradients is enough."""
+    on_cpu = QUICK[1:] if torch.cuda.is_available() else QUICK
+    fused = [name for name in on_cpu if not WHY_NOT[name]]
     arguments = (str(tmp_path / "store"), ["composite", *fused])
     multiprocessing.spawn(_work, arguments, WORLD)
     # A failure of either is raised above, so this says that both have been there.

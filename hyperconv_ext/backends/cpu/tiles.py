@@ -178,16 +178,22 @@ def _circle(axis: Axis, tile: int) -> int:
     count = -(-axis.out_size // axis.phases)
     if tile < count:
         return patch
-    # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them.
-    first, last = patch, 0
-    for phase in range(min(axis.phases, axis.modulus * 8)):
-        num = axis.scale * phase + axis.shift
-        tap0 = (num // axis.divisor * axis.inverse) % axis.residues
-        origin = (num - tap0 * axis.dilation) // axis.modulus - axis.back
-        low = max(0, -(-(0 - origin) // axis.step))
-        high = min(patch, (axis.in_size - 1 - origin) // axis.step + 1)
-        first, last = min(first, low), max(last, high)
-    return max(last, patch - first, axis.taps, 1)
+    # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them. Both sink
+    # from phase to phase of those that agree modulo `modulus` and have as many positions, so that the
+    # first and the last of these decide.
+    points, full = max(tile, axis.taps), axis.out_size - axis.phases * (count - 1)
+    for begin, end, positions in ((0, full, count), (full, axis.phases, count - 1)):
+        ends = {*range(begin, end)[: axis.modulus], *range(begin, end)[-axis.modulus :]}
+        for phase in ends:
+            num = axis.scale * phase + axis.shift
+            tap0 = (num // axis.divisor * axis.inverse) % axis.residues
+            origin = (num - tap0 * axis.dilation) // axis.modulus - axis.back
+            patch = positions - 1 + axis.taps
+            first = max(0, -(origin // axis.step))
+            last = min(patch, (axis.in_size - 1 - origin) // axis.step + 1)
+            if first < last:
+                points = max(points, last, patch - first)
+    return points
 
 
 def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]]:
