@@ -159,11 +159,9 @@ def joins_on(device: Device, backend: str) -> bool:
 def mlp_backend(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[str, str]:
     """(the backend whose kernel evaluates a coordinate MLP, why none does): one of them is ''."""
     engines = {name: module for name, module in BACKENDS.items() if hasattr(module, "can_evaluate")}
-    if backend == "auto":
-        if device.kind != "cuda":  # where the CPU executes kernels of others, that is for tests
-            engines = {name: module for name, module in engines.items() if name == device.kind}
-        if not engines:
-            return "", f"there is no fused kernel for {device.kind}"
+    if backend == "auto":  # where a CPU executes the GPU's kernels, that is for tests
+        on_gpu = device.kind == "cuda"
+        engines = {name: module for name, module in engines.items() if (name != "cpu") == on_gpu}
     elif backend not in engines:
         return "", f"backend={backend!r} evaluates it by PyTorch"
     else:
