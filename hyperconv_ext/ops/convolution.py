@@ -216,8 +216,7 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_of(input: Tensor, coefficients: Tensor, geometry: Geometry, transposed: bool) -> WeightShape:
     """W as it would be built for this input."""
-    width = input.dtype.itemsize
-    return weight_shape(coefficients.shape, geometry.taps, geometry.groups, transposed, width)
+    return weight_shape(coefficients.shape, geometry, transposed, input.dtype.itemsize)
 
 
 def basis_conv(

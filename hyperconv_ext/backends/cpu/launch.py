@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -169,11 +170,30 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     return gradient
 
 
+@lru_cache(maxsize=4096)
+def _halves(plan: Plan) -> tuple[Plan, Plan]:
+    """The plans of a joint one whose sums are not computed with the output."""
+    pair = tiles.halves(plan.problem)
+    assert pair is not None
+    first = replace(plan, problem=pair[0], tile=replace(plan.tile, rest=None))
+    return first, replace(plan, problem=pair[1], tile=plan.tile.rest)
+
+
 def basis_conv_bwd(
     plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor, basis: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The `wanted` gradients of a layer's input, A and phi, by one z of the gradient of its output."""
     problem, backward = plan.problem, plan.problem.op == "basis_conv_bwd_input"
+    if plan.tile.rest is not None:
+        first, rest = _halves(plan)
+        output = _convolve(first, grad, coefficients, basis, None)
+        if wanted[1] and wanted[2]:
+            others = basis_conv_bwd(rest, grad, input, coefficients, basis, (False, True, True))
+            return output, *others[1:]
+        sides = (grad, input) if backward else (input, grad)
+        if wanted[1]:
+            return output, basis_conv_bwd_coeff(rest, *sides, basis), None
+        return output, None, basis_conv_bwd_basis(rest, *sides, coefficients)
     output = _output(problem, backward, grad) if wanted[0] else None
     pair = (grad, input) if plan.tile.transposed == backward else (input, grad)
     coefficients_gradient = basis_gradient = None
