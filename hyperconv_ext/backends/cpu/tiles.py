@@ -181,8 +181,8 @@ def _circle(axis: Axis, tile: int) -> int:
     if tile < count:
         return patch
     # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them. Both
-    # sink from phase to phase of those that agree modulo `modulus` and have as many positions, so that the
-    # first and the last of these decide.
+    # sink from phase to phase of those that agree modulo `modulus` and have as many positions, so that
+    # the first and the last of these decide.
     points, full = max(tile, axis.taps), axis.out_size - axis.phases * (count - 1)
     for begin, end, positions in ((0, full, count), (full, axis.phases, count - 1)):
         ends = {*range(begin, end)[: axis.modulus], *range(begin, end)[-axis.modulus :]}
