@@ -123,30 +123,42 @@ void read_planes(const void* from, int64_t at, const int* index, int64_t step, i
   constexpr int V = kLanes<T>;
   const auto* p = static_cast<const typename Stored<D>::Number*>(from) + at;
   auto offset = [=](int n) { return (index ? index[n] - index[0] : n) * step; };
-  int n = 0;
   const bool run = step == 1 && (!index || index[count - 1] - index[0] == count - 1);
-  for (; stride == 1 && (run || channel_step == 1) && n + V <= count; n += V) {
+  if (stride > 1 || !(run || channel_step == 1)) {
+    for (int n = 0; n < count; ++n) {
+      const int m = first + n;
+      T* column = to + m % stride * pitch + m / stride;
+      for (int c = 0; c < channels; ++c)
+        column[c * plane] = Stored<D>::read_one(p + c * channel_step + offset(n));
+    }
+    return;
+  }
+  for (int n = 0; n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
     for (int c = 0; c < channels; c += run ? 1 : V) {
       T* row = to + c * plane + first + n;
-      if (run) {
-        store(row, Stored<D>::read(p + c * channel_step + n));
-        continue;
-      }
-      const int lanes = channels - c < V ? channels - c : V;
+      const int lanes = run ? 1 : channels - c < V ? channels - c : V;
       Vec<T> v[V];
-      for (int l = 0; l < V; ++l) {
-        const auto* x = p + offset(n + l) + c;
-        v[l] = lanes == V ? Stored<D>::read(x) : read_part<D>(x, lanes);
+      if (run) {
+        const auto* x = p + c * channel_step + n;
+        v[0] = positions == V ? Stored<D>::read(x) : read_part<D>(x, positions);
+      } else {
+        for (int i = 0; i < V; ++i) {
+          const auto* x = p + offset(n + (i < positions ? i : 0)) + c;
+          v[i] = lanes == V ? Stored<D>::read(x) : read_part<D>(x, lanes);
+        }
+        transpose<T>(v);
       }
-      transpose<T>(v);
-      for (int l = 0; l < lanes; ++l) store(row + l * plane, v[l]);
+      for (int l = 0; l < lanes; ++l) {
+        if (positions == V) {
+          store(row + l * plane, v[l]);
+        } else {
+          T numbers[V];
+          store(numbers, v[l]);
+          copy_part<V / 2>(row + l * plane, numbers, positions);
+        }
+      }
     }
-  }
-  for (; n < count; ++n) {
-    const int m = first + n;
-    T* column = to + m % stride * pitch + m / stride;
-    for (int c = 0; c < channels; ++c)
-      column[c * plane] = Stored<D>::read_one(p + c * channel_step + offset(n));
   }
 }
 
@@ -156,27 +168,31 @@ void write_planes(void* to, int64_t at, int64_t step, int count, int64_t channel
   using T = typename Stored<D>::Compute;
   constexpr int V = kLanes<T>;
   auto* p = static_cast<typename Stored<D>::Number*>(to) + at;
-  int n = 0;
-  for (; (step == 1 || channel_step == 1) && n + V <= count; n += V) {
+  if (step != 1 && channel_step != 1) {
+    for (int n = 0; n < count; ++n)
+      for (int c = 0; c < channels; ++c)
+        Stored<D>::write_one(p + n * step + c * channel_step, from[c * plane + n]);
+    return;
+  }
+  for (int n = 0; n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
     for (int c = 0; c < channels; c += step == 1 ? 1 : V) {
       const T* row = from + c * plane + n;
       if (step == 1) {
-        Stored<D>::write(p + c * channel_step + n, load(row));
+        auto* y = p + c * channel_step + n;
+        positions == V ? Stored<D>::write(y, load(row)) : write_part<D>(y, load(row), positions);
         continue;
       }
       const int lanes = channels - c < V ? channels - c : V;
       Vec<T> v[V];
       for (int l = 0; l < V; ++l) v[l] = l < lanes ? load(row + l * plane) : Vec<T>{};
       transpose<T>(v);
-      for (int l = 0; l < V; ++l) {
-        auto* y = p + (n + l) * step + c;
-        lanes == V ? Stored<D>::write(y, v[l]) : write_part<D>(y, v[l], lanes);
+      for (int i = 0; i < positions; ++i) {
+        auto* y = p + (n + i) * step + c;
+        lanes == V ? Stored<D>::write(y, v[i]) : write_part<D>(y, v[i], lanes);
       }
     }
   }
-  for (; n < count; ++n)
-    for (int c = 0; c < channels; ++c)
-      Stored<D>::write_one(p + n * step + c * channel_step, from[c * plane + n]);
 }
 
 template <Dtype D>

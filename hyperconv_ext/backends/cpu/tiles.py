@@ -266,8 +266,11 @@ def _seconds(problem: Problem, tile: Tile) -> float:
         taps = prod(axis.taps for axis in axes)
         clocks = vectors * size.source * rank * taps * sums / _TAPS
         clocks += vectors * size.source * rank * size.target * len(problem.ops) / _PRODUCT
-        moved = size.source * sums + size.target * (1 + (len(problem.ops) > 1))
-        return (clocks + 2 * positions * groups * moved) / (2 * _CLOCK) + _CALL
+        lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
+        reads = lengths[0] * lengths[1] * _up(lengths[2], lanes)
+        clocks += 1.5 * tiles * groups * size.source * reads
+        clocks += positions * groups * size.target * (1 + (len(problem.ops) > 1))
+        return clocks / (2 * _CLOCK) + _CALL
     if tile.circles is None:
         taps = prod(axis.taps for axis in axes)
         rounded = _up(tile.shape[2], 4) / tile.shape[2]
@@ -347,7 +350,7 @@ def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
         for shape, circles in shapes:
             block = 2 * lanes if circles else lanes
             found.append(Tile(shape, circles, transposed, *_slices(problem, size, block)))
-        if algorithm == "basis" and size.source * problem.rank <= _PLANES:
+        if algorithm == "basis" and size.source < lanes and size.source * problem.rank <= _PLANES:
             slices, _ = _slices(problem, size, lanes)
             for shape in _plane_shapes(_counts(whole.axes), lanes):
                 found.append(Tile(shape, None, transposed, slices, 1, planes=True))
@@ -387,20 +390,20 @@ def outruns_dense(weight: WeightShape) -> bool:
     """Whether this engine beats building W and the library's convolution, by counts and a margin.
 
     Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
-    what a transform costs in the place of K. Source channels fill lanes, so that fewer than sixteen
-    waste some. Of 100 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward
-    and step, W built each time) those within the margins were level or ahead.
+    what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded; where
+    source channels are few, moving data counts more than multiplying. Of 110 rows (1 to 256 channels,
+    k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward and step, W built each time) those within
+    the margins were level or ahead.
     """
     taps, rank = weight.taps, weight.rank
     margin = _HALF if weight.width == 2 else 1.0
+    formed = min(taps, _TRANSFORMED)
     if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
-        return taps > 1.8 * margin * rank * min(taps, _TRANSFORMED)
-    columns = _up(weight.outputs, 16)
-    ratio = taps * columns / (rank * (columns + min(taps, _TRANSFORMED)))
+        return taps > 1.8 * margin * rank * formed
+    few = weight.inputs < 16
+    columns = weight.outputs if few else _up(weight.outputs, 16)
+    ratio = taps * columns / (rank * (columns + formed))
     if weight.strides > 1:  # a step multiplies at every input position for the gradient there
-        step = 3 * taps * columns
-        ratio = min(
-            ratio, step / (rank * ((3 + weight.strides) * columns + 3 * min(taps, _TRANSFORMED)))
-        )
-    used = weight.inputs / _up(weight.inputs, 16)
-    return ratio * used > margin * (1.2 if used == 1 else 1.5)
+        here = rank * ((3 + weight.strides) * columns + 3 * formed)
+        ratio = min(ratio, 3 * taps * columns / here)
+    return ratio > margin * (2.5 if few else 1.2)
