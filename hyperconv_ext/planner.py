@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .backends import BACKENDS
-from .problem import JOINT, Device, Plan, Problem
+from .problem import JOINT, Device, Plan, Problem, WeightShape
 
 BACKEND_NAMES = ("auto", "reference", *BACKENDS)
 ALGORITHM_NAMES = ("auto", *dict.fromkeys(a for b in BACKENDS.values() for a in b.ALGORITHMS))
@@ -35,29 +35,38 @@ def requested(backend: str) -> str:
     return name
 
 
-def prefers_dense(device_kind: str, taps: int, out_channels: int, rank: int) -> bool:
+def _has_engine(device_kind: str) -> bool:
+    """Whether the backend named like the kind of device, if there is one, runs."""
+    return device_kind in BACKENDS and BACKENDS[device_kind].joins_on(Device(device_kind))
+
+
+# Dynamo is to ask, not to follow how a library is loaded; as `torch.compiler.assume_constant_result`
+# marks it, which takes seconds of imports.
+_has_engine._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def prefers_dense(device_kind: str, weight: WeightShape) -> bool:
     """Whether `'auto'` builds W for the library convolution: off the GPU, for small kernels.
 
-    Per input channel and position the dense convolution takes K * C_out multiply-adds and the
-    composite R * (K + C_out), each of which costs it more, since z travels through memory. Measured
-    on one x86 core (forward and training step, 16 to 128 channels, k = 3 to 31) the composite won
-    both ways from a ratio of about 7 on, or with more than 400 taps.
-
-    On 22 other shapes in one to three dimensions this picked the faster way, or one within 10% of it, in
-    38 of 44 rows. Of the other six, four are inference in 1-D and 3-D, up to 2.4 times faster by the
-    composite where the training step mostly is not.
+    Where a backend of the device says what it outruns (`outruns_dense`), that decides. Else composite is
+    the alternative: per input channel and position the dense convolution takes K * C_out multiply-adds
+    and the composite R * (K + C_out), each of which costs it more, since z travels through memory.
+    Measured on one x86 core (forward and training step, 16 to 128 channels, k = 3 to 31) the composite
+    won both ways from a ratio of about 7 on, or with more than 400 taps. On 22 other shapes in one to
+    three dimensions this picked the faster way, or one within 10% of it, in 38 of 44 rows.
     """
     if device_kind == "cuda":
         return False
-    return taps <= 400 and taps * out_channels < 7 * rank * (taps + out_channels)
+    if _has_engine(device_kind):
+        return not BACKENDS[device_kind].outruns_dense(weight)
+    taps, outputs, rank = weight.taps, weight.outputs, weight.rank
+    return taps <= 400 and taps * outputs < 7 * rank * (taps + outputs)
 
 
-def resolve(
-    backend: str, algorithm: str, device_kind: str, taps: int, out_channels: int, rank: int
-) -> str:
+def resolve(backend: str, algorithm: str, device_kind: str, weight: WeightShape) -> str:
     """As `requested`, and `'reference'` where `'auto'` builds W for the library convolution."""
     name = requested(backend)
-    dense = name == algorithm == "auto" and prefers_dense(device_kind, taps, out_channels, rank)
+    dense = name == algorithm == "auto" and prefers_dense(device_kind, weight)
     return "reference" if dense else name
 
 
@@ -150,11 +159,9 @@ def joins_on(device: Device, backend: str) -> bool:
 def mlp_backend(widths: tuple[int, ...], dtype: str, device: Device, backend: str) -> tuple[str, str]:
     """(the backend whose kernel evaluates a coordinate MLP, why none does): one of them is ''."""
     engines = {name: module for name, module in BACKENDS.items() if hasattr(module, "can_evaluate")}
-    if backend == "auto":
-        if device.kind != "cuda":  # where the CPU executes kernels of others, that is for tests
-            engines = {name: module for name, module in engines.items() if name == device.kind}
-        if not engines:
-            return "", f"there is no fused kernel for {device.kind}"
+    if backend == "auto":  # where a CPU executes the GPU's kernels, that is for tests
+        on_gpu = device.kind == "cuda"
+        engines = {name: module for name, module in engines.items() if (name != "cpu") == on_gpu}
     elif backend not in engines:
         return "", f"backend={backend!r} evaluates it by PyTorch"
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import prod
+from typing import Any, Literal, NamedTuple
 
 from .geometry import Geometry
 
@@ -29,6 +31,30 @@ class Device:
     kind: str
     capability: int = 0
     processors: int = 1
+
+
+class WeightShape(NamedTuple):
+    """W as it is built: K taps of `inputs` by `outputs` a group, of rank R, `width` bytes a number.
+
+    `strides`: the product of the convolution's.
+    """
+
+    taps: int
+    inputs: int
+    outputs: int
+    rank: int
+    width: int
+    strides: int = 1
+
+
+def weight_shape(
+    coefficients: Sequence[int], geometry: Geometry, transposed: bool, width: int
+) -> WeightShape:
+    """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed."""
+    outputs, inputs, rank = coefficients
+    pair = (inputs, outputs // geometry.groups)
+    pair = pair[::-1] if transposed else pair
+    return WeightShape(geometry.taps, *pair, rank, width, prod(geometry.stride))
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     with torch.no_grad():
         coefficients, basis = conv.kernel()
         batched, geometry = conv.geometry(input)
-    numbers = (input.device.type, geometry.taps, conv.out_channels, basis.shape[0])
-    if planner.resolve(name, "auto", *numbers) == "reference":
-        cheaper = f"cheaper than composite at {geometry.taps} taps on {input.device.type}"
+    weight = ops.weight_of(batched, coefficients, geometry, conv.transposed)
+    if planner.resolve(name, "auto", input.device.type, weight) == "reference":
+        cheaper = f"cheaper at {geometry.taps} taps of rank {weight.rank} on {input.device.type}"
         return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
     forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:
@@ -66,6 +66,8 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     engine, reason = planner.mlp_backend(widths, dtype, device, backend)
     if not engine:
         return f"PyTorch ({reason})"
+    if engine == "cpu":
+        return "one call of cpu"
     if conv.weight_norm is not None or dtype == "float16":  # needs phi before the convolution
         return f"one fused kernel of {engine}"
     return f"fused into the first of the forward operator's two launches by {engine}"

@@ -11,13 +11,14 @@ import pytest
 
 from benchmarks import shapes
 from hyperconv_ext import planner
-from hyperconv_ext.backends import cuda, triton
+from hyperconv_ext.backends import BACKENDS, cuda, triton
+from hyperconv_ext.backends.cpu import library as cpu_library
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.backends.cuda import tiles as cuda_tiles
 from hyperconv_ext.backends.triton import tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.planner import PlanError
-from hyperconv_ext.problem import OPS, Device, Op, Problem
+from hyperconv_ext.problem import OPS, Device, Op, Problem, WeightShape
 
 from .planning import GPU_SHAPES, H200, problem, shaped
 
@@ -110,15 +111,15 @@ def test_direct_refuses_a_rank_it_cannot_hold() -> None:
 
 
 def test_names_in_order_of_preference() -> None:
-    assert planner.BACKEND_NAMES == ("auto", "reference", "cuda", "triton", "composite")
-    assert planner.ALGORITHM_NAMES == ("auto", "basis", "direct", "composite")
+    assert planner.BACKEND_NAMES == ("auto", "reference", "cuda", "triton", "cpu", "composite")
+    assert planner.ALGORITHM_NAMES == ("auto", "basis", "direct", "fft", "composite")
 
 
 @pytest.mark.parametrize(
     ("backend", "algorithm"), [("composite", "basis"), ("triton", "composite"), ("cuda", "direct")]
 )
 def test_an_algorithm_of_another_backend(backend: str, algorithm: str) -> None:
-    known = r"\(cuda: basis, triton: basis/direct, composite: composite\)"
+    known = r"\(cuda: basis, triton: basis/direct, cpu: basis/fft, composite: composite\)"
     with pytest.raises(PlanError, match=f"is not one of backend='{backend}' {known}"):
         planner.plan(problem(), backend, algorithm)
 
@@ -129,7 +130,8 @@ def test_what_the_cpu_executes_for_tests_is_never_chosen_unasked(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton, "_interpreter_reason", lambda: "")  # whatever NumPy is here
     on_cpu = problem(dtype="float32", device=Device("cpu"), tf32=True)
-    assert planner.plan(on_cpu).backend == "composite"
+    engine = "composite" if cpu_library.reason() else "cpu"
+    assert planner.plan(on_cpu).backend == engine
     for backend in ("cuda", "triton"):
         plan = planner.plan(dataclasses.replace(on_cpu, batch=2), backend)
         assert plan.backend == backend and plan.seconds == inf
@@ -156,11 +158,31 @@ def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
         assert atomic or splits == 1 or splits * chunks * 5 * kernel**2 < weight
 
 
-def test_dense_convolution_off_the_gpu_for_small_kernels() -> None:
-    assert planner.prefers_dense("cpu", 9, 64, 5)
-    assert not planner.prefers_dense("cpu", 31 * 31, 64, 5)
-    assert not planner.prefers_dense("cpu", 49, 512, 5)
-    assert not planner.prefers_dense("cuda", 9, 64, 5)
+def _prefers_dense(taps: int, channels: int, rank: int = 5, kind: str = "cpu") -> bool:
+    return planner.prefers_dense(kind, WeightShape(taps, channels, channels, rank, 4))
+
+
+def test_dense_convolution_without_an_engine_for_small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "joins_on", lambda device: False)
+    assert _prefers_dense(9, 64)
+    assert not _prefers_dense(31 * 31, 64)
+    assert not _prefers_dense(49, 512)
+    assert not _prefers_dense(9, 64, kind="cuda")
+
+
+def test_dense_convolution_where_the_cpu_engine_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "joins_on", lambda device: True)
+    for channels in (16, 64, 256):
+        assert _prefers_dense(1, channels)
+        assert not _prefers_dense(25, channels)
+        assert not _prefers_dense(31 * 31, channels, rank=17)
+        assert _prefers_dense(9, channels, rank=17)
+    assert not _prefers_dense(9, 64)
+    assert _prefers_dense(49, 1)  # depthwise
+    assert not _prefers_dense(31 * 31, 1)
+    assert _prefers_dense(9, 3)
 
 
 DEEP = (2, *(16,) * 8, 4)
@@ -174,7 +196,7 @@ DEEP = (2, *(16,) * 8, 4)
         (DEEP, "float32", H200, "auto", ""),
         ((2, 128, 4), "float32", H200, "auto", "64 wide"),
         ((2, 16, 4), "float64", H200, "auto", "float64"),
-        ((2, 16, 4), "float32", Device("cpu"), "auto", "no fused kernel for cpu"),
+        ((2, 16, 4), "float32", Device("mps"), "auto", "on mps; move them to the CPU"),
         ((2, 16, 4), "float32", H200, "composite", "by PyTorch"),
         ((2, 16, 4), "float32", H200, "cuda", NOT_BUILT),
     ],

@@ -16,7 +16,7 @@ from hyperconv_ext import planner
 from hyperconv_ext.backends import BACKENDS
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.layout import GRANULE
-from hyperconv_ext.problem import OPS, Device
+from hyperconv_ext.problem import OPS, Device, WeightShape
 
 from .planning import H200, shaped
 
@@ -66,10 +66,10 @@ def device_of(machine: Mapping[str, str]) -> Device:
 def auto(row: Row, device: Device, tf32: bool) -> set[str]:
     """The backends that `'auto'` uses for the operators of a row's phase, in the layout measured."""
     shape = row.shape
-    numbers = (shape.taps, shape.out_channels, shape.rank)
-    if planner.resolve("auto", "auto", device.kind, *numbers) == "reference":
-        return {"reference"}
     pair = shape.in_channels // shape.groups, shape.out_channels // shape.groups
+    weight = WeightShape(shape.taps, *pair, shape.rank, 4 if row.dtype == "fp32" else 2)
+    if planner.resolve("auto", "auto", device.kind, weight) == "reference":
+        return {"reference"}
     aligned = device.kind == "cuda" and not any(channels % GRANULE for channels in pair)
     options = (_DTYPES[row.dtype], tf32, aligned, device)
     ops = OPS[:1] if row.phase == "forward" else OPS

@@ -1,7 +1,7 @@
 """The operators: schemas, fakes, autograd and autocast. Nothing else in the package registers any."""
 
 from . import flops, sharding
-from .convolution import basis_conv, form
+from .convolution import basis_conv, form, weight_of
 from .execution import problem_of
 from .hyper import Mlp, hyper_conv
 from .mlp import coordinate_mlp
@@ -17,4 +17,5 @@ __all__ = [
     "keep_operators",
     "problem_of",
     "sharding",
+    "weight_of",
 ]

@@ -26,7 +26,7 @@ from .. import backends, planner
 from ..autocast import for_autocast
 from ..backends import reference
 from ..geometry import Geometry
-from ..problem import JOINT, OPS, Wanted
+from ..problem import JOINT, OPS, Wanted, WeightShape, weight_shape
 from .execution import (
     BIASED,
     INPUT,
@@ -214,6 +214,11 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.sum([0, *range(2, grad.dim())]).to(dtype)
 
 
+def weight_of(input: Tensor, coefficients: Tensor, geometry: Geometry, transposed: bool) -> WeightShape:
+    """W as it would be built for this input."""
+    return weight_shape(coefficients.shape, geometry, transposed, input.dtype.itemsize)
+
+
 def basis_conv(
     input: Tensor,
     coefficients: Tensor,
@@ -234,8 +239,8 @@ def basis_conv(
     """
     input, coefficients = for_autocast(input), for_autocast(coefficients)
     bias = None if bias is None else for_autocast(bias)
-    out_channels, _, rank = coefficients.shape
-    backend = planner.resolve(backend, algorithm, input.device.type, geometry.taps, out_channels, rank)
+    weight = weight_of(input, coefficients, geometry, transposed)
+    backend = planner.resolve(backend, algorithm, input.device.type, weight)
     if exporting():
         return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
     if backend == "reference":

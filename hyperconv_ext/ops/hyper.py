@@ -19,7 +19,7 @@ from ..geometry import Geometry
 from ..problem import Plan
 from . import mlp as mlp_operators
 from . import sharding
-from .convolution import basis_conv, bias_gradient, call, gradients
+from .convolution import basis_conv, bias_gradient, call, gradients, weight_of
 from .execution import (
     GEOMETRY_SCHEMA,
     flatten,
@@ -124,9 +124,9 @@ def hyper_conv(
 ) -> Tensor:
     """`basis_conv` whose phi is that of `mlp`, with the constant function if A has a column for it."""
     coordinates, weights, biases = mlp[:3]
-    out_channels, _, rank = coefficients.shape
-    numbers = (input.device.type, geometry.taps, out_channels, rank)
-    backend = planner.resolve(backend, algorithm, *numbers)
+    rank, evaluator = coefficients.shape[2], backend
+    weight = weight_of(input, coefficients, geometry, transposed)
+    backend = planner.resolve(backend, algorithm, input.device.type, weight)
     compute = None
     if backend != "reference" and not coordinates.requires_grad and not exporting():
         if torch._C._is_any_autocast_enabled():
@@ -136,7 +136,7 @@ def hyper_conv(
         compute = _computation(input, coefficients, mlp, bias, *choice)
     if compute is None:
         constant = rank > weights[-1].shape[0]
-        basis = mlp_operators.coordinate_mlp(*mlp, constant, backend)
+        basis = mlp_operators.coordinate_mlp(*mlp, constant, evaluator)
         shaped = basis.view(-1, *geometry.kernel_size)
         where = (geometry, backend, algorithm, transposed)
         return basis_conv(input, coefficients, shaped, bias, *where)

@@ -60,3 +60,4 @@ hyper_conv_fwd = launch.hyper_conv_fwd
 can_evaluate = mlp.can_evaluate
 coordinate_mlp_fwd = mlp.coordinate_mlp_fwd
 coordinate_mlp_bwd = mlp.coordinate_mlp_bwd
+outruns_dense = tiles.outruns_dense

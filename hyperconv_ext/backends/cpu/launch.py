@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,6 @@ from ...problem import Plan, Problem, Wanted
 from . import library, tiles
 from .library import Convolution
 from .mlp import coordinate_mlp_fwd
-from .tiles import Tile
 
 
 @lru_cache(maxsize=4096)
@@ -24,35 +24,53 @@ def _roots(circles: tiles.Triple, double: bool) -> Tensor:
     return torch.tensor(numbers or [0.0], dtype=dtype, device="cpu")
 
 
+def _set_strides(strides: library.Strides, of: tuple[int, ...]) -> None:
+    strides.batch, strides.channel, *axes = of
+    for index, stride in enumerate(reversed(axes)):
+        strides.axis[2 - index] = stride
+
+
+# What a call is made of beside its tensors' addresses: worked out once.
 @lru_cache(maxsize=4096)
-def _prepared(problem: Problem, tile: Tile) -> tuple[Convolution, Tensor | None]:
-    """The call without its tensors, and the roots that it points to."""
-    call = Convolution()
-    size = tiles.channels(problem, tile.transposed)
+def _header(
+    plan: Plan,
+    threads: int,
+    source: tuple[int, ...],
+    target: tuple[int, ...] | None,
+    output: tuple[int, ...] | None,
+    coefficients: tuple[int, ...] | None,
+) -> tuple[bytes, Tensor | None]:
+    """(a `Convolution` with tensors of these strides, the roots that it points to)."""
+    problem, tile = plan.problem, plan.tile
+    call, size = Convolution(), tiles.channels(problem, tile.transposed)
     call.dtype = library.DTYPES[problem.dtype]
-    call.algorithm = library.ALGORITHMS["basis" if tile.circles is None else "fft"]
+    call.algorithm = library.ALGORITHMS[plan.algorithm]
     call.wanted = tiles.wanted_of(problem)
     call.batch, call.groups, call.rank = problem.batch, problem.geometry.groups, problem.rank
     call.source_channels, call.target_channels = size.source, size.target
-    call.slices, call.parts = tile.slices, tile.parts
+    call.slices, call.parts, call.threads = tile.slices, tile.parts, threads
     for index, axis in enumerate(tiles.map_of(problem, tile).axes):
         call.axis[index] = library.Axis(*axis)
         points = 1 if tile.circles is None else tile.circles[index]
         call.circle[index].size = points
         for stage, radix in enumerate(tiles.radices(points) or ()):
             call.circle[index].radices[stage] = radix
+    _set_strides(call.source_strides, source)
+    if target is not None:
+        _set_strides(call.target_strides, target)
+    if output is not None:
+        _set_strides(call.output_strides, output)
+    if coefficients is not None:
+        out, into, rank = coefficients
+        call.coefficient_group = problem.out_channels // problem.geometry.groups * out
+        call.coefficient_rank = rank
+        pair = (into, out) if tile.transposed else (out, into)
+        call.coefficient_target, call.coefficient_source = pair
     if tile.circles is None:
-        return call, None
+        return bytes(call), None
     held = _roots(tile.circles, problem.dtype == "float64")
     call.roots = held.data_ptr()
-    return call, held
-
-
-def _set_strides(strides: library.Strides, tensor: Tensor) -> None:
-    batch, channel, *axes = tensor.stride()
-    strides.batch, strides.channel = batch, channel
-    for index, stride in enumerate(reversed(axes)):
-        strides.axis[2 - index] = stride
+    return bytes(call), held
 
 
 def _compute(tensor: Tensor, problem: Problem) -> Tensor:
@@ -72,32 +90,24 @@ def _run(
     coefficients_gradient: Tensor | None,
     basis_gradient: Tensor | None,
 ) -> None:
-    problem, tile = plan.problem, plan.tile
-    prepared, _ = _prepared(problem, tile)
-    call = Convolution.from_buffer_copy(prepared)
-    call.threads = torch.get_num_threads()
-    call.source = source.data_ptr()
-    _set_strides(call.source_strides, source)
-    if target is not None:
-        call.target = target.data_ptr()
-        _set_strides(call.target_strides, target)
-    if output is not None:
-        call.output = output.data_ptr()
-        _set_strides(call.output_strides, output)
     weights = coefficients
     if coefficients_gradient is not None:  # the strides are those of both
         weights = coefficients_gradient
         coefficients = None if coefficients is None else coefficients.contiguous()
-    if weights is not None:
-        out, into, rank = weights.stride()
-        call.coefficient_group = weights.shape[0] // problem.geometry.groups * out
-        call.coefficient_rank = rank
-        pair = (into, out) if tile.transposed else (out, into)
-        call.coefficient_target, call.coefficient_source = pair
+    strides = [
+        None if tensor is None else tensor.stride() for tensor in (source, target, output, weights)
+    ]
+    header, _ = _header(plan, torch.get_num_threads(), *strides)
+    call = Convolution.from_buffer_copy(header)
+    call.source = source.data_ptr()
+    if target is not None:
+        call.target = target.data_ptr()
+    if output is not None:
+        call.output = output.data_ptr()
     if coefficients is not None:
         call.coefficients = coefficients.data_ptr()
     if basis is not None:
-        phi = _compute(basis, problem)
+        phi = _compute(basis, plan.problem)
         call.basis = phi.data_ptr()
     if bias is not None:
         offset = bias.to(source.dtype).contiguous()
@@ -160,11 +170,30 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     return gradient
 
 
+@lru_cache(maxsize=4096)
+def _halves(plan: Plan) -> tuple[Plan, Plan]:
+    """The plans of a joint one whose sums are not computed with the output."""
+    pair = tiles.halves(plan.problem)
+    assert pair is not None
+    first = replace(plan, problem=pair[0], tile=replace(plan.tile, rest=None))
+    return first, replace(plan, problem=pair[1], tile=plan.tile.rest)
+
+
 def basis_conv_bwd(
     plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor, basis: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The `wanted` gradients of a layer's input, A and phi, by one z of the gradient of its output."""
     problem, backward = plan.problem, plan.problem.op == "basis_conv_bwd_input"
+    if plan.tile.rest is not None:
+        first, rest = _halves(plan)
+        gradient = _convolve(first, grad, coefficients, basis, None)
+        if wanted[1] and wanted[2]:
+            others = basis_conv_bwd(rest, grad, input, coefficients, basis, (False, True, True))
+            return gradient, *others[1:]
+        sides = (grad, input) if backward else (input, grad)
+        if wanted[1]:
+            return gradient, basis_conv_bwd_coeff(rest, *sides, basis), None
+        return gradient, None, basis_conv_bwd_basis(rest, *sides, coefficients)
     output = _output(problem, backward, grad) if wanted[0] else None
     pair = (grad, input) if plan.tile.transposed == backward else (input, grad)
     coefficients_gradient = basis_gradient = None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from ...problem import Problem
+from ...problem import Problem, WeightShape
 from ..lattice import Axis, Lattice, lattice
 from . import library
 
@@ -46,7 +46,8 @@ class Tile:
 
     `shape`: positions of the target along the axes of one phase. `circles`: points of the transforms,
     None by taps. `transposed`: the source is y (or its gradient) and the target x. Sums are dealt into
-    `slices` of the tiles and `parts` of the blocks of source channels.
+    `slices` of the tiles and `parts` of the blocks of source channels. `rest`: how the sums of a joint
+    problem are computed, if not with the output.
     """
 
     shape: Triple
@@ -54,6 +55,7 @@ class Tile:
     transposed: bool
     slices: int
     parts: int
+    rest: Tile | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +112,8 @@ def roots(points: int) -> tuple[float, ...]:
 @lru_cache
 def circle_sizes(least: int) -> tuple[int, ...]:
     """The few smallest sizes with radices from `least` points on."""
-    sizes, points = [], least
+    sizes: list[int] = []
+    points = least
     while len(sizes) < 3:
         if radices(points) is not None:
             sizes.append(points)
@@ -177,9 +180,9 @@ def _circle(axis: Axis, tile: int) -> int:
     count = -(-axis.out_size // axis.phases)
     if tile < count:
         return patch
-    # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them. Both sink
-    # from phase to phase of those that agree modulo `modulus` and have as many positions, so that the
-    # first and the last of these decide.
+    # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them. Both
+    # sink from phase to phase of those that agree modulo `modulus` and have as many positions, so that
+    # the first and the last of these decide.
     points, full = max(tile, axis.taps), axis.out_size - axis.phases * (count - 1)
     for begin, end, positions in ((0, full, count), (full, axis.phases, count - 1)):
         ends = {*range(begin, end)[: axis.modulus], *range(begin, end)[-axis.modulus :]}
@@ -279,9 +282,34 @@ def _slices(problem: Problem, size: Channels, lanes: int) -> tuple[int, int]:
     return 2 if heavy else _SLICES, min(_PARTS, blocks)
 
 
+def halves(problem: Problem) -> tuple[Problem, Problem] | None:
+    """(the output's problem, that of the sums) of a joint problem with both; None of any other."""
+    if problem.wanted is None or not problem.wanted[0]:
+        return None
+    output, sums = replace(problem, wanted=None), problem.ops[1:]
+    if len(sums) == 1:
+        return output, replace(output, op=sums[0])
+    return output, replace(problem, wanted=(False, *problem.wanted[1:]))
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
-    """The tile with the least estimated time, and that time in seconds; None if none computes it."""
+    """The tile with the least estimated time, and that time in seconds; None if none computes it.
+
+    The gradients of a strided layer need not share: its input has more positions than its output, where
+    sums are as well formed.
+    """
+    best = _best(problem, algorithm)
+    pair = halves(problem)
+    if best is None or pair is None:
+        return best
+    output, sums = _best(pair[0], algorithm), _best(pair[1], algorithm)
+    if output is None or sums is None or output[1] + sums[1] >= best[1]:
+        return best
+    return replace(output[0], rest=sums[0]), output[1] + sums[1]
+
+
+def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
     lanes, registers = _lanes(problem)
     best: tuple[Tile, float] | None = None
     for transposed in directions(problem):
@@ -306,6 +334,9 @@ def choose(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
 
 def flops(problem: Problem, tile: Tile) -> float:
     """Operations of what is asked for: two for each multiply-add, transforms by 5 n log2 n."""
+    pair = halves(problem)
+    if tile.rest is not None and pair is not None:
+        return flops(pair[0], replace(tile, rest=None)) + flops(pair[1], tile.rest)
     size = channels(problem, tile.transposed)
     axes = map_of(problem, tile).axes
     phases = prod(axis.phases for axis in axes)
@@ -320,3 +351,30 @@ def flops(problem: Problem, tile: Tile) -> float:
     points = prod(tile.circles)
     transforms = 5.0 * points * math.log2(points) * (1 + rank * sums) + 6.0 * points * rank * sums
     return products + tiles * groups * size.source / 2 * transforms
+
+
+_TRANSFORMED = 40  # taps that a transform costs per position, channel and function, at most
+_HALF = 1.6  # times as fast the library's products are in 16 bits, the engine's not
+
+
+def outruns_dense(weight: WeightShape) -> bool:
+    """Whether this engine beats building W and the library's convolution, by counts and a margin.
+
+    Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
+    what a transform costs in the place of K. Source channels fill lanes, so that fewer than sixteen
+    waste some. Of 100 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward
+    and step, W built each time) those within the margins were level or ahead.
+    """
+    taps, rank = weight.taps, weight.rank
+    margin = _HALF if weight.width == 2 else 1.0
+    if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
+        return taps > 1.8 * margin * rank * min(taps, _TRANSFORMED)
+    columns = _up(weight.outputs, 16)
+    ratio = taps * columns / (rank * (columns + min(taps, _TRANSFORMED)))
+    if weight.strides > 1:  # a step multiplies at every input position for the gradient there
+        step = 3 * taps * columns
+        ratio = min(
+            ratio, step / (rank * ((3 + weight.strides) * columns + 3 * min(taps, _TRANSFORMED)))
+        )
+    used = weight.inputs / _up(weight.inputs, 16)
+    return ratio * used > margin * (1.2 if used == 1 else 1.5)
