@@ -44,7 +44,7 @@ def _header(
     problem, tile = plan.problem, plan.tile
     call, size = Convolution(), tiles.channels(problem, tile.transposed)
     call.dtype = library.DTYPES[problem.dtype]
-    call.algorithm = library.ALGORITHMS[plan.algorithm]
+    call.algorithm = library.PLANES if tile.planes else library.ALGORITHMS[plan.algorithm]
     call.wanted = tiles.wanted_of(problem)
     call.batch, call.groups, call.rank = problem.batch, problem.geometry.groups, problem.rank
     call.source_channels, call.target_channels = size.source, size.target
