@@ -7,17 +7,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, ops, planner
+from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, functional, ops, planner
 from hyperconv_ext.backends import BACKENDS
 from hyperconv_ext.modules import HyperConvNd
-from hyperconv_ext.problem import OPS, Plan
+from hyperconv_ext.problem import JOINT, OPS, Plan, Problem
 
 from . import machine
-from .records import CONV, PHASES
+from .fourier import FourierConv
+from .records import AUTO, CONV, FOURIER, HYPERNET, PHASES, Record, Row
 from .shapes import Entry, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,11 +27,19 @@ LAYOUTS = ("contiguous", "channels_last")
 _HYPER: dict[int, Callable[..., HyperConvNd]] = {1: HyperConv1d, 2: HyperConv2d, 3: HyperConv3d}
 _DENSE: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]]
 _DENSE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# On a CPU: from which kernel size on a dense convolution by FFT is among the competitors, and the taps of
+# the only layers that composite, which is slow, runs.
+_FOURIER = 11
+_COMPOSITE_TAPS = 49
+# From this size on oneDNN takes up to minutes for the gradient of a channels-last layer's weight.
+_ENDLESS = 15
+# Seconds of a call of nn.ConvNd from which on what builds W before that is left out.
+_SLOW = 0.3
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to run a layer. `backend` None is `nn.ConvNd` with a weight of its own.
+    """One way to run a layer. `backend` None is `nn.ConvNd` with a weight of its own, by FFT if `fourier`.
 
     The competitors of one `column` differ only in layout; the report takes the fastest.
     """
@@ -39,27 +49,60 @@ class Competitor:
     layout: str
     baseline: bool
     compiled: bool = False
+    fourier: bool = False
+    algorithm: str = "auto"
 
     @property
     def name(self) -> str:
         return f"{self.column}/{self.layout}"
 
 
-def competitors(dims: int, on_gpu: bool) -> tuple[Competitor, ...]:
+def competitors(shape: Shape, on_gpu: bool) -> tuple[Competitor, ...]:
     """The baselines in both layouts, of which the report takes the better, and every backend.
 
-    PyTorch has no channels_last of one axis. The compiler chooses the layout of its convolutions itself.
+    PyTorch has no channels_last of one axis. On a GPU also the compiler, which chooses the layout of its
+    convolutions itself; on a CPU compiling would take longer than all else.
     """
-    layouts = LAYOUTS if dims > 1 else LAYOUTS[:1]
+    layouts = LAYOUTS if shape.dims > 1 else LAYOUTS[:1]
     baselines = [
         Competitor(column, backend, layout, baseline=True)
-        for column, backend in ((CONV, None), ("hypernet+conv", "reference"))
+        for column, backend in ((CONV, None), (HYPERNET, "reference"))
         for layout in layouts
     ]
-    fast = layouts[-1] if on_gpu else LAYOUTS[0]
-    compiled = Competitor("hypernet+conv compiled", "reference", fast, baseline=True, compiled=True)
-    own = LAYOUTS[-1] if on_gpu else LAYOUTS[0]
-    return (*baselines, compiled, *(Competitor(name, name, own, baseline=False) for name in BACKENDS))
+    if on_gpu:
+        compiled = f"{HYPERNET} compiled"
+        baselines.append(Competitor(compiled, "reference", layouts[-1], baseline=True, compiled=True))
+        engines = [name for name in BACKENDS if name != "cpu"]
+        own = [Competitor(name, name, LAYOUTS[-1], baseline=False) for name in engines]
+        return (*baselines, *own)
+    if max(shape.kernel_size) >= _FOURIER and shape.dilation == 1:
+        baselines.append(Competitor(FOURIER, None, LAYOUTS[0], baseline=True, fourier=True))
+    own = [
+        Competitor(f"cpu/{algorithm}", "cpu", layouts[-1], baseline=False, algorithm=algorithm)
+        for algorithm in BACKENDS["cpu"].ALGORITHMS
+    ]
+    own.append(Competitor(AUTO, "auto", layouts[-1], baseline=False))
+    if shape.taps == _COMPOSITE_TAPS:
+        own.append(Competitor("composite", "composite", LAYOUTS[0], baseline=False))
+    return (*baselines, *own)
+
+
+def why_left_out(entry: Competitor, row: Row, done: Sequence[Record]) -> str:
+    """Why a competitor of a CPU is not measured in a row of which others are `done`, or ''."""
+    large = row.shape.dims == 2 and max(row.shape.kernel_size) >= _ENDLESS
+    if entry.column == CONV and entry.layout == LAYOUTS[1] and row.phase == "step" and large:
+        return "the library takes seconds to minutes for a call in this layout"
+    if entry.column != HYPERNET:
+        return ""
+    dense = [r for r in done if r.row == row and r.column == CONV and r.seconds is not None]
+    best = min(dense, key=lambda record: record.seconds or math.inf, default=None)
+    if best is None:
+        return ""
+    if best.layout != entry.layout:
+        return "nn.Conv is faster in the other layout"
+    if best.seconds is not None and best.seconds > _SLOW:
+        return f"nn.Conv alone takes more than {_SLOW} s a call, and this builds W first"
+    return ""
 
 
 Case = tuple[Shape, str, str, Competitor]
@@ -75,7 +118,7 @@ def cases(rows: Sequence[Entry], on_gpu: bool) -> list[Case]:
         (shape, dtype, phase, competitor)
         for shape, dtype in rows
         for phase in PHASES
-        for competitor in competitors(shape.dims, on_gpu)
+        for competitor in competitors(shape, on_gpu)
     ]
     return sorted(
         listed, key=lambda case: (tiers.index((case[1], case[0].num_features)), case[3].compiled)
@@ -119,6 +162,7 @@ class Subject:
         self._dense = _DENSE[shape.dims](*arguments, *rest, device=device, dtype=dtype)
         with torch.no_grad():
             self._dense.weight.copy_(self._hyper.weight)
+            self._dense.bias.copy_(self._hyper.bias)  # type: ignore[union-attr]
 
     @cached_property
     def masked_grad(self) -> Tensor:
@@ -126,22 +170,36 @@ class Subject:
         masked[self.sample] = self.grad[self.sample]
         return masked
 
-    def library(self, hyper: bool) -> nn.Module:
-        """A new layer that calls the library, with a weight built by the hyper-network or of its own."""
-        return copy.deepcopy(self._hyper if hyper else self._dense)
+    @property
+    def hyper(self) -> HyperConvNd:
+        """A new layer whose weight, built by the hyper-network, is that of all competitors."""
+        return copy.deepcopy(self._hyper)
 
     def layer(self, competitor: Competitor) -> nn.Module:
         """A new layer with the subject's parameters."""
         if competitor.backend is None:
             dense = copy.deepcopy(self._dense)
             dense.weight.data = arrange(dense.weight.data, competitor.layout)
-            return dense
-        layer = copy.deepcopy(self._hyper)
+            return FourierConv(dense) if competitor.fourier else dense
+        layer = self.hyper
         layer.backend = competitor.backend
+        if competitor.algorithm != "auto":
+            layer.__class__ = _with_algorithm(type(layer), competitor.algorithm)
         if competitor.compiled:
             torch.compiler.reset()  # after a few layers the compiler would give up specialising
             layer.compile(fullgraph=True, dynamic=False)
         return layer
+
+
+@lru_cache
+def _with_algorithm(base: type[HyperConvNd], algorithm: str) -> type[HyperConvNd]:
+    """The class of layers that name their backend's algorithm, as otherwise only functions can."""
+
+    def convolve(layer: HyperConvNd, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
+        operands = (layer.dims, input, *layer._operands(), layer.kernel_size, layer.bias)
+        return functional.convolve(*operands, spaces, layer.groups, layer.backend, algorithm)
+
+    return type(base.__name__, (base,), {"_convolve": convolve})
 
 
 @lru_cache(maxsize=1)
@@ -150,17 +208,44 @@ def subject(shape: Shape, dtype: str) -> Subject:
     return Subject(shape, DTYPES[dtype], machine.device())
 
 
-def plans(layer: HyperConvNd, input: Tensor, phase: str) -> tuple[Plan, ...]:
-    """How `layer` computes each operator of `phase`.
+def plans(layer: HyperConvNd, input: Tensor, phase: str, algorithm: str = "auto") -> tuple[Plan, ...]:
+    """How `layer` computes the operators of `phase`; none where `'auto'` builds W for the library.
 
     Raises:
         PlanError: its backend cannot compute one of them.
     """
     _, geometry = layer.geometry(input)
-    basis = layer.coefficients.new_empty((layer.coefficients.shape[2], *layer.kernel_size))
-    forward = ops.problem_of(0, (input, layer.coefficients, basis), geometry)
-    names = OPS[:1] if phase == "forward" else OPS
-    return tuple(planner.plan(replace(forward, op=op), layer.backend) for op in names)
+    coefficients = layer.coefficients
+    weight = ops.weight_of(input, coefficients, geometry, transposed=False)
+    if planner.resolve(layer.backend, algorithm, input.device.type, weight) == "reference":
+        return ()
+    basis = coefficients.new_empty((coefficients.shape[2], *layer.kernel_size))
+    problem = ops.problem_of(0, (input, coefficients, basis), geometry)
+    return planned(problem, phase, layer.backend, algorithm)
+
+
+def planned(forward: Problem, phase: str, backend: str, algorithm: str) -> tuple[Plan, ...]:
+    """The plans of the forward operator and, of a step, of the gradients, together or one by one."""
+    first = planner.plan(forward, backend, algorithm)
+    if phase == "forward":
+        return (first,)
+    gradients = replace(forward, op=OPS[1], wanted=(True, True, True))
+    together = planner.joint(gradients, backend, algorithm)
+    if together is not None:
+        return first, together
+    return first, *(planner.plan(replace(forward, op=op), backend, algorithm) for op in OPS[1:])
+
+
+def described(chosen: tuple[Plan, ...]) -> dict[str, dict[str, str | None]]:
+    """Backend, algorithm and tile by operator, for the record."""
+    return {
+        JOINT if plan.problem.wanted else plan.problem.op: {
+            "backend": plan.backend,
+            "algorithm": plan.algorithm,
+            "tile": plan.tile.name if plan.tile else None,
+        }
+        for plan in chosen
+    }
 
 
 def why_not(chosen: tuple[Plan, ...]) -> str:

@@ -28,19 +28,22 @@ class Run:
     facts: dict[str, str]
     ceilings: Ceilings
     records: list[Record] = field(default_factory=list)
+    left_out: list[Record] = field(default_factory=list)  # `failure` says why
     where: dict[str, Any] | None = None  # machine and commit, in the JSON
 
 
 _RUN = pytest.StashKey[Run]()
 _END = pytest.StashKey[float]()
+_CPU_SECONDS = 285  # of a run that is to take five minutes
 _REPOSITORY = Path(__file__).resolve().parents[1] / ".git"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "the JSON of --benchmark-json, but written after every row: a run that is killed loses one"
     parser.addoption("--results", type=Path, help=text)
-    text = "start no benchmark later than this after the beginning; the others are skipped"
-    parser.addoption("--seconds", type=float, default=math.inf, help=text)
+    text = f"start no benchmark later than this after the beginning; on a CPU {_CPU_SECONDS} if not given"
+    default = math.inf if machine.device().type == "cuda" else _CPU_SECONDS
+    parser.addoption("--seconds", type=float, default=default, help=text)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark looks
@@ -61,19 +64,12 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def run(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Run]:
-    """cuDNN searches for its fastest algorithm; the CPU runs one thread unless OMP_NUM_THREADS is set.
-
-    Threads that wait for each other on a shared machine measure its other users. All else stays as
-    PyTorch has it.
-    """
-    search, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
+    """cuDNN searches for its fastest algorithm; all else, threads too, stays as PyTorch has it."""
+    search = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
     pytestconfig.stash[_RUN] = Run(machine.describe(), Ceilings(device))
     yield pytestconfig.stash[_RUN]
     torch.backends.cudnn.benchmark = search
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +111,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     if _RUN in config.stash:
         done = config.stash[_RUN]
         failed = [record for record in done.records if record.failure]
-        records.clean(output_json, failed, done.ceilings.to_json())
+        records.clean(output_json, failed, done.left_out, done.ceilings.to_json())
 
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own tables

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hyperconv_ext import __version__, backends
+from hyperconv_ext.backends.cpu import library
 from hyperconv_ext.report import environment
 
 _GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit")
@@ -49,7 +50,8 @@ def describe() -> dict[str, str]:
     }
     place = device()
     if place.type != "cuda":
-        return facts | {"device": "cpu", "threads": str(torch.get_num_threads())}
+        threads, instructions = str(torch.get_num_threads()), library.capability() or "none"
+        return facts | {"device": "cpu", "threads": threads, "instructions": instructions}
     properties = torch.cuda.get_device_properties(place)
     facts |= {
         "device": properties.name,

@@ -12,7 +12,9 @@ from .shapes import Shape
 PHASES = ("forward", "step")
 PHASE_NAMES = {"forward": "forward", "step": "forward + backward"}
 CONV = "conv"  # the column of nn.ConvNd
-COMPOSITE = "composite"
+HYPERNET = "hypernet+conv"
+FOURIER = "fft conv"
+AUTO = "auto"
 _STATISTICS = ("min", "max", "median", "iqr", "stddev", "rounds")
 _MACHINE = ("system", "machine", "python_version")
 _COMMIT = ("id", "time", "dirty")
@@ -22,9 +24,10 @@ _COMMIT = ("id", "time", "dirty")
 class Record:
     """One way to run one layer.
 
-    `seconds` is the median and `spread` the interquartile range of its time: of the device, cold L2
-    cache, on a GPU; of the wall clock, warm, on a CPU. `seconds` None: it failed, as `failure` says.
-    `memory` is the allocator's peak above inputs and parameters, in bytes. On a GPU `eager_seconds` is
+    `seconds` is the median and `spread` the interquartile range of its time over `rounds`: of the
+    device, cold L2 cache, on a GPU; of the wall clock, warm, on a CPU. `seconds` None: it failed, as
+    `failure` says. `memory` is the allocator's peak above inputs and parameters, in bytes, None where
+    it was not measured. On a GPU `eager_seconds` is
     the wall time of one of many calls in a row, `graph_seconds` the device time of the same work as
     a replayed CUDA graph, None where capture raised `graph_error`. The floor is that of
     `least_flops` and `minimal_bytes` by the ceilings of the run.
@@ -38,6 +41,7 @@ class Record:
     baseline: bool
     seconds: float | None = None
     spread: float | None = None
+    rounds: int = 0
     memory: int | None = None
     eager_seconds: float | None = None
     graph_seconds: float | None = None
@@ -71,7 +75,7 @@ class Record:
     def to_info(self) -> dict[str, Any]:
         """As `extra_info` of a benchmark, in whose statistics the time is."""
         info = asdict(self)
-        for name in ("seconds", "spread"):
+        for name in ("seconds", "spread", "rounds"):
             del info[name]
         info["effective_tflops"] = self.tflops(self.direct_flops)
         info["actual_tflops"] = self.tflops(self.executed_flops)
@@ -86,7 +90,8 @@ class Record:
         lengths = {name: tuple(info["shape"][name]) for name in ("size", "kernel_size")}
         known["shape"] = Shape(**info["shape"] | lengths)
         if "stats" in entry:
-            known |= {"seconds": entry["stats"]["median"], "spread": entry["stats"]["iqr"]}
+            stats = entry["stats"]
+            known |= {"seconds": stats["median"], "spread": stats["iqr"], "rounds": stats["rounds"]}
         return cls(**known)
 
 
@@ -116,6 +121,11 @@ def load(document: Mapping[str, Any]) -> list[Record]:
     return [Record.from_entry(entry) for key in ("benchmarks", "failures") for entry in document[key]]
 
 
+def left_out(document: Mapping[str, Any]) -> list[Record]:
+    """What was not run; `failure` says why."""
+    return [Record.from_entry(entry) for entry in document.get("left_out", ())]
+
+
 def machine_facts(machine_info: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
     """What pytest-benchmark knows of the machine, without what tells whose it is, and `facts`."""
     cpu = machine_info.get("cpu", {})
@@ -123,7 +133,12 @@ def machine_facts(machine_info: Mapping[str, Any], facts: Mapping[str, str]) -> 
     return known | {"cpu": {name: cpu.get(name) for name in ("brand_raw", "count")}} | dict(facts)
 
 
-def clean(document: dict[str, Any], failures: Iterable[Record], ceilings: Mapping[str, Any]) -> None:
+def clean(
+    document: dict[str, Any],
+    failures: Iterable[Record],
+    left_out: Iterable[Record],
+    ceilings: Mapping[str, Any],
+) -> None:
     """Turn what pytest-benchmark is about to write into what `load` reads, in place.
 
     Each round's time goes, and what is constant or in `extra_info`; and a benchmark that was timed but
@@ -132,6 +147,7 @@ def clean(document: dict[str, Any], failures: Iterable[Record], ceilings: Mappin
     complete = (entry for entry in document["benchmarks"] if "shape" in entry["extra_info"])
     document["benchmarks"] = list(complete)
     document["failures"] = [{"extra_info": record.to_info()} for record in failures]
+    document["left_out"] = [{"extra_info": record.to_info()} for record in left_out]
     document["ceilings"] = dict(ceilings)
     for entry in document["benchmarks"]:
         entry["stats"] = {name: entry["stats"][name] for name in _STATISTICS}

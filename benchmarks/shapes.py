@@ -153,18 +153,45 @@ GPU: tuple[Entry, ...] = tuple(
     (shape, dtype) for dtype, features in _TIERS for shape in _with_features(ALL, features)
 )
 
-# For one core: every family, the first of them over kernels and features.
-SMALL = (
-    *(_cube("resnet", 2, 4, (16, 16), 28, k) for k in (3, 7)),
-    _cube("unet", 2, 2, (1, 8), 64, 5),
-    _cube("large", 2, 1, (16, 16), 28, 31),
-    _cube("volume", 3, 1, (8, 8), 16, 5),
-    _cube("sequence", 1, 2, (16, 16), 1024, 31),
-    _cube("tiny", 2, 8, (8, 8), 14, 5),
+# On a CPU: batch 2 where not said otherwise, sizes that a run of minutes affords, decisive rows first.
+_CPU_STAGES = ((64, 64), (128, 32), (256, 16))
+CPU_STAGES = tuple(
+    _cube("resnet" if k < 15 else "large", 2, 2, (c, c), size, k)
+    for k in (3, 5, 7, 11, 31, 15)
+    for c, size in _CPU_STAGES
 )
+# The middle one also in another number format and with another number of features.
+_MIDDLE = tuple(shape for shape in CPU_STAGES if shape.in_channels == 128)
+_CPU_VOLUME = tuple(_cube("volume", 3, 2, (32, 32), 24, k) for k in (3, 5, 7, 11))
+# One example of the longest: the dense convolution takes seconds for it.
+_CPU_SEQUENCE = tuple(
+    _cube("sequence", 1, batch, (128, 128), 4096, k) for k, batch in ((31, 2), (127, 2), (1025, 1))
+)
+_CPU_UNET = tuple(
+    _cube("unet", 2, 2, pair, size, k)
+    for pair, size, k in (((1, 8), 256, 3), ((1, 8), 256, 5), ((1, 8), 256, 7), ((8, 16), 128, 3))
+)
+CPU_TINY = (
+    _cube("tiny", 2, 2, (8, 8), 8, 3),
+    _cube("tiny", 2, 2, (16, 16), 14, 5),
+    _cube("tiny", 2, 1, (64, 64), 14, 3),
+)
+_CPU_OTHERS = (
+    *(replace(_cube("depthwise", 2, 2, (96, 96), 56, k), groups=96) for k in (7, 31)),
+    *(replace(_cube("strided", 2, 2, (64, 128), 56, k), stride=2) for k in (3, 5)),
+    _cube("pointwise", 2, 2, (128, 128), 32, 1),
+)
+
+
+def _with_kernels(shapes: Iterable[Shape], *kernels: int) -> tuple[Shape, ...]:
+    return tuple(shape for shape in shapes if shape.kernel_size[0] in kernels)
+
+
 CPU: tuple[Entry, ...] = (
-    *((shape, "fp32") for shape in SMALL),
-    *((shape, "fp32") for shape in _with_features(SMALL[1:2], 16)),
-    (SMALL[1], "bf16"),
+    *((shape, "fp32") for shape in CPU_STAGES),
+    *((shape, "fp32") for shape in (*_CPU_VOLUME, *_CPU_UNET, *CPU_TINY, *_CPU_OTHERS)),
+    *((shape, "fp32") for shape in _CPU_SEQUENCE),
+    *((shape, "bf16") for shape in _with_kernels(_MIDDLE, 3, 5, 7, 11, 31)),
+    *((shape, "fp32") for shape in _with_features(_with_kernels(_MIDDLE, 5, 7, 11), 16)),
 )
 SHAPES: dict[str, Shape] = {shape.name: shape for shape, _ in (*GPU, *CPU)}

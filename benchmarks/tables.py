@@ -83,10 +83,12 @@ def memory(records: Sequence[Record], absolute: bool) -> Table:
     """`MEMORY` or `MEMORY_RATIOS`."""
 
     def text(cells: Cells, record: Record) -> str:
+        if record.memory is None:
+            return "-"
         ratio = _times(memory_saving(cells, record.column, CONV))
-        return f"{(record.memory or 0) / 2**20:.1f} {ratio}" if absolute else ratio
+        return f"{record.memory / 2**20:.1f} {ratio}" if absolute else ratio
 
-    return _grid(records, text)
+    return _grid([record for record in records if record.memory is not None or record.failure], text)
 
 
 def launches(records: Sequence[Record]) -> Table:

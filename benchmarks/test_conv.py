@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,18 @@ from hyperconv_ext.modules import HyperConvNd
 
 from . import gate, machine, records, shapes, timing
 from .ceilings import Ceilings
-from .competitors import Competitor, Subject, arrange, cases, executed_flops, plans, subject, why_not
+from .competitors import (
+    Competitor,
+    Subject,
+    arrange,
+    cases,
+    described,
+    executed_flops,
+    plans,
+    subject,
+    why_left_out,
+    why_not,
+)
 from .conftest import Run
 from .records import Record
 from .shapes import Shape
@@ -53,8 +65,34 @@ def _work(case: Subject, layer: nn.Module, phase: str, hyper: bool) -> dict[str,
     }
 
 
+def _prepared(
+    target: Callable[[], object], device: torch.device, phase: str
+) -> tuple[int | None, float]:
+    """Memory at its peak, and the seconds of a call on a CPU, whose target is then warm.
+
+    There a forward pass is left out, since the profiler takes longer than it; and a call that takes long
+    is not made again for nothing.
+    """
+    if device.type == "cuda":
+        timing.warm_up(target)
+        return machine.peak_memory(target, device), 0.0
+    peak, seconds = None, 0.0
+    if phase == "step":
+        start = time.perf_counter()
+        peak = machine.peak_memory(target, device)
+        seconds = time.perf_counter() - start
+    if seconds < timing.LONG:
+        seconds = timing.warm_up(target, timing.LONG)
+    return peak, seconds
+
+
 def _measured(
-    benchmark: BenchmarkFixture, case: Subject, labels: Record, entry: Competitor, ceilings: Ceilings
+    benchmark: BenchmarkFixture,
+    case: Subject,
+    labels: Record,
+    entry: Competitor,
+    ceilings: Ceilings,
+    done: Sequence[Record],
 ) -> Record | None:
     """The completed record; None if only the gate is to run.
 
@@ -62,6 +100,9 @@ def _measured(
         Failed: the gate found a wrong result.
         Skipped: the backend cannot compute this, or not worth timing.
     """
+    on_cpu = case.device.type == "cpu"
+    if on_cpu and (reason := why_left_out(entry, labels.row, done)):
+        pytest.skip(reason)
     if entry.compiled and (reason := machine.why_no_compiler(case.device)):
         pytest.skip(reason)
     phase = labels.phase
@@ -71,16 +112,14 @@ def _measured(
     work = _work(case, layer, phase, hyper=entry.backend is not None)
     if isinstance(layer, HyperConvNd) and not entry.baseline:
         try:
-            chosen = plans(layer, input, phase)
+            chosen = plans(layer, input, phase, entry.algorithm)
         except PlanError as error:
             pytest.skip(str(error))
         if reason := why_not(chosen):
             pytest.skip(reason)
-        work["executed_flops"] = executed_flops(chosen)
-        benchmark.extra_info["plans"] = {
-            p.problem.op: {"algorithm": p.algorithm, "tile": p.tile.name if p.tile else None}
-            for p in chosen
-        }
+        if chosen:
+            work["executed_flops"] = executed_flops(chosen)
+        benchmark.extra_info["plans"] = described(chosen)
     wrong = gate.failures(
         case.shape,
         labels.dtype,
@@ -92,16 +131,16 @@ def _measured(
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
     target = _target(layer, input, grad, phase)
-    timing.warm_up(target)
-    peak = machine.peak_memory(target, case.device)
-    launches = timing.measure(benchmark, target, case.device)
+    peak, estimate = _prepared(target, case.device, phase)
+    launches = timing.measure(benchmark, target, case.device, estimate)
     if benchmark.stats is None:  # --benchmark-disable
         return None
     floor = records.floor_seconds(
         work["minimal_bytes"], work["least_flops"], ceilings.bandwidth, ceilings.rate(labels.dtype)
     )
-    seconds, spread = benchmark.stats["median"], benchmark.stats["iqr"]
-    measured = {"seconds": seconds, "spread": spread, "memory": peak, "floor_seconds": floor}
+    stats = benchmark.stats
+    measured = {"seconds": stats["median"], "spread": stats["iqr"], "rounds": stats["rounds"]}
+    measured |= {"memory": peak, "floor_seconds": floor}
     return replace(labels, **work, **launches, **measured)
 
 
@@ -113,7 +152,12 @@ def test_conv(
     benchmark.group = f"{shape.name} {dtype} {phase}"
     labels = Record(shape, dtype, phase, entry.column, entry.layout, entry.baseline)
     try:
-        record = _measured(benchmark, subject(shape, dtype), labels, entry, run.ceilings)
+        case = subject(shape, dtype)
+        record = _measured(benchmark, case, labels, entry, run.ceilings, run.records)
+    except pytest.skip.Exception as skipped:
+        if benchmark.enabled:
+            run.left_out.append(replace(labels, failure=str(skipped)))
+        raise
     except (Exception, pytest.fail.Exception) as error:
         if benchmark.enabled:
             message = str(error).strip().splitlines() or [type(error).__name__]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 from statistics import median
 from typing import Any, Protocol
 
@@ -55,18 +55,26 @@ clock: Callable[[], Stamp] | Callable[[], float] = (
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one benchmark may take: seconds of measured work, and bounds on the rounds."""
+    """How long one benchmark may take: seconds of measured work, and bounds on the rounds.
+
+    Rounds that take more than `patience` seconds together are fewer than the `least`, if need be one.
+    """
 
     seconds: float
     least: int
     most: int
+    patience: float = inf
 
     def rounds(self, estimate: float) -> int:
-        return max(self.least, min(self.most, int(self.seconds / max(estimate, 1e-9))))
+        seconds = max(estimate, 1e-9)
+        wanted = max(self.least, min(self.most, int(self.seconds / seconds)))
+        return max(1, int(min(wanted, self.patience / seconds)))
 
 
-EFFORT = {"cuda": Effort(0.05, 5, 25), "cpu": Effort(0.4, 5, 50)}
+EFFORT = {"cuda": Effort(0.05, 5, 25), "cpu": Effort(0.1, 3, 40, patience=2.0)}
 _WARMUP = 3
+# Seconds of a call on a CPU that need no further one to be warm.
+LONG = 0.2
 # The host is slower on some calls than on the one that was timed.
 _HEADROOM = 2.0
 
@@ -107,10 +115,20 @@ def _wall_time(target: Callable[[], object], device: torch.device) -> tuple[floa
     return time.perf_counter() - start, returned
 
 
-def warm_up(target: Callable[[], object]) -> None:
-    """Compile, let the libraries choose their algorithms, and fill the allocator's cache."""
+def warm_up(target: Callable[[], object], enough: float = inf) -> float:
+    """Compile, let the libraries choose their algorithms, and fill the allocator's cache.
+
+    Returns:
+        The host's seconds for the last call; one that takes `enough` is the last.
+    """
+    seconds = 0.0
     for _ in range(_WARMUP):
+        start = time.perf_counter()
         target()
+        seconds = time.perf_counter() - start
+        if seconds >= enough:
+            break
+    return seconds
 
 
 def durations(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
@@ -125,24 +143,29 @@ def durations(target: Callable[[], object], setup: Callable[[], object], rounds:
 
 
 def measure(
-    benchmark: BenchmarkFixture, target: Callable[[], object], device: torch.device
+    benchmark: BenchmarkFixture,
+    target: Callable[[], object],
+    device: torch.device,
+    estimate: float,
 ) -> dict[str, Any]:
     """Time a warm `target` by `clock`, in as many rounds as `EFFORT` affords.
+
+    `estimate`: seconds of a call on a CPU, where calls that take seconds are not for estimates.
 
     Returns:
         On a GPU, if the benchmark is enabled, the fields of `Record` that tell what launches cost.
     """
-    total, host = min(_wall_time(target, device) for _ in range(2))
-    rounds = EFFORT[device.type].rounds(total)
     setup = None
     if device.type == "cuda":
+        estimate, host = min(_wall_time(target, device) for _ in range(2))
         setup = _flush(device)
         setup.outlast(host)
+    rounds = EFFORT[device.type].rounds(estimate)
 
     def once() -> None:
         target()  # pytest-benchmark would keep a result alive, and its memory, through the next round
 
-    benchmark.pedantic(once, setup=setup, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(once, setup=setup, rounds=rounds, warmup_rounds=0 if setup is None else 1)
     if setup is None or not benchmark.enabled:
         return {}
     eager = steady_seconds(once, rounds, lambda: machine.synchronize(device))
