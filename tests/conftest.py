@@ -96,6 +96,15 @@ def seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many tiny convolutions: with threads beside other test workers, ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN (floats) or a huge number (integers)."""
 

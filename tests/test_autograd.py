@@ -16,6 +16,7 @@ from hyperconv_ext.problem import OPS
 from .conftest import FUSED, precision_of_the_framework
 
 BACKENDS = ("composite", *FUSED)
+pytestmark = pytest.mark.usefixtures("one_thread")
 GEOMETRIES = {
     "plain": ((1, 1), (1, 1), (1, 1), 1),
     "strided, dilated": ((2, 1), (1, 2), (1, 2), 1),
@@ -23,15 +24,6 @@ GEOMETRIES = {
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny convolutions: with threads beside other test workers, ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

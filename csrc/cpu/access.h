@@ -16,6 +16,14 @@ struct Access {
   // The other way.
   void (*write_row)(void* to, int64_t at, int64_t step, int count, int64_t channel_step, int channels,
                     int width, const T* from);
+  // As read_row, to planes: channel c of position n goes to to[c * plane + m % stride * pitch + m / stride],
+  // m = first + n.
+  void (*read_planes)(const void* from, int64_t at, const int* index, int64_t step, int count,
+                      int64_t channel_step, int channels, int first, int stride, int64_t pitch,
+                      int64_t plane, T* to);
+  // The other way, of stride 1 from the first on.
+  void (*write_planes)(void* to, int64_t at, int64_t step, int count, int64_t channel_step, int channels,
+                       int64_t plane, const T* from);
   // to[rows[i] * pitch + o] = the number o * outer_step + i * inner_step behind the one at `at`.
   void (*gather)(const void* from, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
                  const int* rows, T* to, int64_t pitch);
@@ -108,6 +116,86 @@ void write_row(void* to, int64_t at, int64_t step, int count, int64_t channel_st
 }
 
 template <Dtype D>
+void read_planes(const void* from, int64_t at, const int* index, int64_t step, int count,
+                 int64_t channel_step, int channels, int first, int stride, int64_t pitch, int64_t plane,
+                 typename Stored<D>::Compute* to) {
+  using T = typename Stored<D>::Compute;
+  constexpr int V = kLanes<T>;
+  const auto* p = static_cast<const typename Stored<D>::Number*>(from) + at;
+  auto offset = [=](int n) { return (index ? index[n] - index[0] : n) * step; };
+  const bool run = step == 1 && (!index || index[count - 1] - index[0] == count - 1);
+  if (stride > 1 || !(run || channel_step == 1)) {
+    for (int n = 0; n < count; ++n) {
+      const int m = first + n;
+      T* column = to + m % stride * pitch + m / stride;
+      for (int c = 0; c < channels; ++c)
+        column[c * plane] = Stored<D>::read_one(p + c * channel_step + offset(n));
+    }
+    return;
+  }
+  for (int n = 0; n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
+    for (int c = 0; c < channels; c += run ? 1 : V) {
+      T* row = to + c * plane + first + n;
+      const int lanes = run ? 1 : channels - c < V ? channels - c : V;
+      Vec<T> v[V];
+      if (run) {
+        const auto* x = p + c * channel_step + n;
+        v[0] = positions == V ? Stored<D>::read(x) : read_part<D>(x, positions);
+      } else {
+        for (int i = 0; i < V; ++i) {
+          const auto* x = p + offset(n + (i < positions ? i : 0)) + c;
+          v[i] = lanes == V ? Stored<D>::read(x) : read_part<D>(x, lanes);
+        }
+        transpose<T>(v);
+      }
+      for (int l = 0; l < lanes; ++l) {
+        if (positions == V) {
+          store(row + l * plane, v[l]);
+        } else {
+          T numbers[V];
+          store(numbers, v[l]);
+          copy_part<V / 2>(row + l * plane, numbers, positions);
+        }
+      }
+    }
+  }
+}
+
+template <Dtype D>
+void write_planes(void* to, int64_t at, int64_t step, int count, int64_t channel_step, int channels,
+                  int64_t plane, const typename Stored<D>::Compute* from) {
+  using T = typename Stored<D>::Compute;
+  constexpr int V = kLanes<T>;
+  auto* p = static_cast<typename Stored<D>::Number*>(to) + at;
+  if (step != 1 && channel_step != 1) {
+    for (int n = 0; n < count; ++n)
+      for (int c = 0; c < channels; ++c)
+        Stored<D>::write_one(p + n * step + c * channel_step, from[c * plane + n]);
+    return;
+  }
+  for (int n = 0; n < count; n += V) {
+    const int positions = count - n < V ? count - n : V;
+    for (int c = 0; c < channels; c += step == 1 ? 1 : V) {
+      const T* row = from + c * plane + n;
+      if (step == 1) {
+        auto* y = p + c * channel_step + n;
+        positions == V ? Stored<D>::write(y, load(row)) : write_part<D>(y, load(row), positions);
+        continue;
+      }
+      const int lanes = channels - c < V ? channels - c : V;
+      Vec<T> v[V];
+      for (int l = 0; l < V; ++l) v[l] = l < lanes ? load(row + l * plane) : Vec<T>{};
+      transpose<T>(v);
+      for (int i = 0; i < positions; ++i) {
+        auto* y = p + (n + i) * step + c;
+        lanes == V ? Stored<D>::write(y, v[i]) : write_part<D>(y, v[i], lanes);
+      }
+    }
+  }
+}
+
+template <Dtype D>
 void gather(const void* from, int64_t at, int outer, int64_t outer_step, int inner, int64_t inner_step,
             const int* rows, typename Stored<D>::Compute* to, int64_t pitch) {
   constexpr int V = kLanes<typename Stored<D>::Compute>;
@@ -150,8 +238,8 @@ void scatter(void* to, int64_t at, int outer, int64_t outer_step, int inner, int
 }
 
 template <Dtype D>
-constexpr Access<typename Stored<D>::Compute> kAccess = {number<D>, read_row<D>, write_row<D>,
-                                                            gather<D>, scatter<D>};
+constexpr Access<typename Stored<D>::Compute> kAccess = {
+    number<D>, read_row<D>, write_row<D>, read_planes<D>, write_planes<D>, gather<D>, scatter<D>};
 
 }  // namespace
 }  // namespace hyperconv

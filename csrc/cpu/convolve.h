@@ -1,10 +1,9 @@
-// The one loop nest of all operators: for a tile of target positions, block after block of source channels,
-// z by taps or by FFT, and at once what is made of it. Nothing is kept but what is asked for.
+// The one loop nest of all operators: what all threads share, and how the work is dealt to them. Tiles of
+// target positions are in worker.h and planes_worker.h.
 #pragma once
 #include "access.h"
 #include "fft.h"
 #include "product.h"
-#include "taps.h"
 #include "threads.h"
 
 namespace hyperconv {
@@ -71,17 +70,21 @@ inline void set_span(Span& s, const Axis& a, const Phase& p, int phase, int tile
 template <class T>
 class Convolver {
   static constexpr int V = kLanes<T>;
+  class Place;         // a tile, where it is
+  class Worker;        // one thread's memory, and what it does with a tile: lanes are channels
+  class PlanesWorker;  // the same where lanes are positions
 
  public:
   Convolver(const Convolution& call, const Access<T>& access, ParallelFor parallel_for)
       : c_(call), access_(access), parallel_for_(parallel_for) {
     by_fft_ = c_.algorithm == kFft;
-    lanewise_ = c_.source_channels == 1 && c_.target_channels == 1 && c_.groups > 1;
-    lanes_ = by_fft_ ? 2 * V : V;
+    planes_ = c_.algorithm == kPlanes;
+    lanewise_ = !planes_ && c_.source_channels == 1 && c_.target_channels == 1 && c_.groups > 1;
+    lanes_ = planes_ ? c_.source_channels : by_fft_ ? 2 * V : V;
     groups_ = lanewise_ ? ceil_div(c_.groups, lanes_) : c_.groups;
     blocks_ = lanewise_ ? 1 : ceil_div(c_.source_channels, lanes_);
     columns_ = lanewise_ ? lanes_ / V : static_cast<int>(ceil_div(c_.target_channels, V));
-    width_ = columns_ * V;
+    width_ = planes_ ? c_.target_channels : columns_ * V;
     phases_ = bands_ = taps_ = 1;
     for (int a = 0; a < 3; ++a) {
       phases_ *= c_.axis[a].phases;
@@ -101,9 +104,9 @@ class Convolver {
     int64_t band_size = int64_t{1} * c_.rank * (by_fft_ ? 2 * points_ : 1);
     for (int a = 0; a < 3 && !by_fft_; ++a) band_size *= c_.axis[a].taps;
     const int64_t gradient_size = by_fft_ ? bands_ * band_size : taps_ * c_.rank * V;
-    const bool packs = (c_.wanted & kOutput) || (lanewise_ && (c_.wanted & kBasis));
+    const bool packs = (c_.wanted & kOutput) || ((lanewise_ || planes_) && (c_.wanted & kBasis));
     Room<T> packed(packs ? packed_size : 0);
-    Room<T> mixer(!lanewise_ && (c_.wanted & kBasis) ? mixer_size : 0);
+    Room<T> mixer(!lanewise_ && !planes_ && (c_.wanted & kBasis) ? mixer_size : 0);
     Room<T> bands(c_.wanted & (kOutput | kCoefficients) ? bands_ * band_size : 0);
     Room<T> coefficient_sums(c_.wanted & kCoefficients ? c_.slices * packed_size : 0);
     Room<T> basis_sums(c_.wanted & kBasis ? int64_t{1} * c_.slices * c_.parts * gradient_size : 0);
@@ -139,8 +142,9 @@ class Convolver {
 
     // One pass where the sums' slices keep all threads busy, so that z serves them and the output.
     const bool apart = sums && (c_.wanted & kOutput) && c_.threads > c_.slices;
-    if (apart) run_pass(kOutput);
-    run_pass(apart ? c_.wanted & ~kOutput : c_.wanted);
+    if (apart) planes_ ? run_pass<PlanesWorker>(kOutput) : run_pass<Worker>(kOutput);
+    const int wanted = apart ? c_.wanted & ~kOutput : c_.wanted;
+    planes_ ? run_pass<PlanesWorker>(wanted) : run_pass<Worker>(wanted);
     if (failed_) return kNoMemory;
     if (c_.wanted & kCoefficients) {
       run_tasks(groups_ * blocks_, c_.threads, parallel_for_, [&, this](auto next) {
@@ -154,12 +158,13 @@ class Convolver {
  private:
   // Tasks are tiles, or parts of their columns where they are few; for sums slices of the tiles, or parts
   // of their blocks.
+  template <class Worker>
   void run_pass(int wanted) {
     const bool sums = wanted != kOutput;
     const int64_t tasks = sums ? c_.slices : tiles_;
     int64_t parts = c_.parts;
     if (!sums) {
-      parts = lanewise_ ? 1 : at_most(ceil_div(c_.threads, tasks), ceil_div(columns_, kMostColumns));
+      parts = lanewise_ || planes_ ? 1 : at_most(ceil_div(c_.threads, tasks), ceil_div(columns_, kMostColumns));
     } else if (wanted & kOutput) {
       parts = 1;
     }
@@ -227,11 +232,20 @@ class Convolver {
 
   T* packed_block(T* base, int64_t task) const { return base + task * (packed_size_ / (groups_ * blocks_)); }
 
-  // packed: [group, block][r][lane][target channel], by lanes [group][r][lane];
+  // packed: [group, block][r][lane][target channel], by lanes [group][r][lane], for planes
+  // [group][target channel][source channel][r];
   // mixer: [group, block][target channel][r][lane], for FFT [group, block][r][target channel][lane].
   void pack(int64_t task, const int* rows) {
     const int64_t group = task / blocks_, block = task % blocks_;
-    if (packed_) {
+    if (planes_) {
+      T* to = packed_block(packed_, task);
+      const int64_t first = group * c_.coefficient_group;
+      for (int t = 0; t < c_.target_channels; ++t)
+        for (int l = 0; l < lanes_; ++l)
+          for (int r = 0; r < c_.rank; ++r)
+            *to++ = access_.number(c_.coefficients, first + t * c_.coefficient_target +
+                                                        l * c_.coefficient_source + r * c_.coefficient_rank);
+    } else if (packed_) {
       const int64_t size = packed_size_ / (groups_ * blocks_), pitch = lanewise_ ? 1 : width_;
       T* to = packed_block(packed_, task);
       const bool whole = lanes_of(group, block) == lanes_ && (lanewise_ || width_ == c_.target_channels);
@@ -262,7 +276,16 @@ class Convolver {
     T* sum = packed_block(coefficient_sums_, task);
     for (int s = 1; s < c_.slices; ++s) {
       const T* other = sum + s * packed_size_;
-      for (int64_t n = 0; n < size; n += V) store(sum + n, load(sum + n) + load(other + n));
+      for (int64_t n = 0; n < size; ++n) sum[n] += other[n];
+    }
+    if (planes_) {
+      const int64_t first = group * c_.coefficient_group, row = int64_t{1} * lanes_ * c_.rank;
+      for (int l = 0; l < lanes_; ++l)
+        for (int t = 0; t < c_.target_channels; ++t)
+          access_.scatter(c_.coefficients_gradient,
+                          first + t * c_.coefficient_target + l * c_.coefficient_source, 1, 0, c_.rank,
+                          c_.coefficient_rank, functions_, sum + t * row + l * c_.rank, 1);
+      return;
     }
     each_piece(group, block, rows, [&](int64_t at, int targets, int64_t step, int n, int64_t inner,
                                        const int* from_rows) {
@@ -419,339 +442,16 @@ class Convolver {
     });
   }
 
-  // One thread's memory, and what it does with a tile.
-  class Worker {
-   public:
-    Worker(const Convolver& owner, int wanted) : o_(owner), c_(owner.c_), wanted_(wanted) {
-      int64_t patch = 1, lengths = 0, positions = 1;
-      for (int a = 0; a < 3; ++a) {
-        const Axis& axis = c_.axis[a];
-        const int64_t rounded = a == 2 && !o_.by_fft_ ? ceil_div(axis.tile, kStep) * kStep : axis.tile;
-        const int64_t length =
-            o_.by_fft_ ? c_.circle[a].size : (rounded - 1) * axis.stride + axis.taps;
-        patch *= length;
-        lengths += length;
-        positions *= axis.tile;
-      }
-      const int64_t lanes = o_.lanes_, wide = lanes * c_.rank, width = o_.width_;
-      batch_ = static_cast<int>(ceil_div(96, c_.axis[2].tile));
-      const int64_t line = o_.by_fft_ ? lanes * c_.circle[2].size : 0;
-      const int64_t z = o_.by_fft_ ? batch_ * c_.axis[2].tile * lanes : positions * wide;
-      const int64_t fft = o_.by_fft_ ? Transforms<T>::room(c_.circle) : 0;
-      const int64_t product = o_.by_fft_ && (wanted_ & kBasis) ? lanes * Transforms<T>::longest(c_.circle) : 0;
-      const int64_t output = wanted_ & kOutput ? positions * width : 0;
-      const int64_t target = wanted_ & (kCoefficients | kBasis) ? positions * width : 0;
-      const int64_t size = patch * lanes + line + z + fft + product + output + target;
-      room_.take(size);
-      indices_.take(lengths);
-      if (failed()) return;
-      T* next = room_.get();
-      auto take = [&next](int64_t count) {
-        T* piece = next;
-        next += count;
-        return piece;
-      };
-      patch_ = take(patch * lanes);
-      line_ = take(line);
-      z_ = take(z);
-      fft_ = take(fft);
-      product_ = take(product);
-      output_ = take(output);
-      target_ = take(target);
-      int* index = indices_.get();
-      for (int a = 0; a < 3; ++a) {
-        span_[a].input = index;
-        const Axis& axis = c_.axis[a];
-        const int64_t rounded = a == 2 && !o_.by_fft_ ? ceil_div(axis.tile, kStep) * kStep : axis.tile;
-        index += o_.by_fft_ ? c_.circle[a].size : (rounded - 1) * axis.stride + axis.taps;
-      }
-    }
-    Worker(const Worker&) = delete;
-    Worker& operator=(const Worker&) = delete;
-    bool failed() const { return room_.failed() || indices_.failed(); }
-
-    // Zero the sums of a slice's blocks.
-    void clear(int64_t slice, int64_t from, int64_t to) {
-      const int64_t block = o_.packed_size_ / (o_.groups_ * o_.blocks_);
-      for (int64_t g = 0; o_.coefficient_sums_ && g < o_.groups_; ++g)
-        std::memset(o_.coefficient_sums_ + slice * o_.packed_size_ + (g * o_.blocks_ + from) * block, 0,
-                    (to - from) * block * sizeof(T));
-      const int64_t first = o_.part_of(from), parts = o_.part_of(to - 1) - first + 1;
-      if (o_.basis_sums_)
-        std::memset(o_.basis_sums(slice, first), 0, parts * o_.gradient_size_ * sizeof(T));
-    }
-
-    // Tile number `task` for some blocks of source channels and columns of the output.
-    void tile(int64_t task, int64_t from_block, int64_t to_block, int64_t from_column, int64_t to_column,
-              int64_t slice) {
-      int tile[3], phase[3];
-      for (int a = 2; a >= 0; --a) {
-        tile[a] = static_cast<int>(task % c_.axis[a].tiles);
-        task /= c_.axis[a].tiles;
-      }
-      batch_index_ = task % c_.batch;
-      task /= c_.batch;
-      for (int a = 2; a >= 0; --a) {
-        phase[a] = static_cast<int>(task % c_.axis[a].phases);
-        task /= c_.axis[a].phases;
-        phases_[a] = phase_of(c_.axis[a], phase[a]);
-        if (tile[a] * c_.axis[a].tile >= phases_[a].count) return;  // of other phases
-      }
-      group_ = task;
-      band_ = o_.band_of(phases_);
-      slice_ = slice;
-      for (int a = 0; a < 3; ++a) {
-        set_span(span_[a], c_.axis[a], phases_[a], phase[a], tile[a],
-                 a == 2 && !o_.by_fft_ ? kStep : 1, o_.by_fft_ ? c_.circle[a].size : 0);
-      }
-      positions_ = int64_t{1} * span_[0].count * span_[1].count * span_[2].count;
-      if (wanted_ & kOutput) start_output();
-      if (Convolver::meets(phases_)) {
-        if (wanted_ & (kCoefficients | kBasis)) read_target();
-        for (int64_t block = from_block; block < to_block; ++block) {
-          if (o_.by_fft_) {
-            block_by_fft(block, from_column, to_column);
-          } else {
-            block_by_taps(block, from_column, to_column);
-          }
-        }
-      }
-      if (wanted_ & kOutput) write_output(from_column, to_column);
-    }
-
-   private:
-    // Row (d, h) of the patch, [w][lane], zeros where there is no input.
-    void gather_row(int64_t block, int d, int h, T* to) const {
-      const int lanes = o_.lanes_of(group_, block), all = o_.lanes_, length = span_[2].length;
-      const Strides& s = c_.source_strides;
-      const int qd = span_[0].input[d], qh = span_[1].input[h];
-      const bool inside = qd >= 0 && qh >= 0;
-      const int first = inside ? span_[2].first : length, last = inside ? span_[2].last : length;
-      std::memset(to, 0, int64_t{1} * first * all * sizeof(T));
-      std::memset(to + int64_t{1} * last * all, 0, int64_t{1} * (length - last) * all * sizeof(T));
-      if (first == last) return;
-      const int64_t at = batch_index_ * s.batch + qd * s.axis[0] + qh * s.axis[1] +
-                         span_[2].input[first] * s.axis[2] + o_.source_channel(group_, block) * s.channel;
-      o_.access_.read_row(c_.source, at, span_[2].input + first, s.axis[2], last - first, s.channel, lanes,
-                          all, to + int64_t{1} * first * all);
-    }
-
-    // f(row of the tile, where it begins in an activation).
-    template <class F>
-    void each_row(const Strides& s, const F& f) const {
-      int64_t row = 0;
-      for (int d = 0; d < span_[0].count; ++d)
-        for (int h = 0; h < span_[1].count; ++h, ++row) {
-          f(row, batch_index_ * s.batch + (span_[0].start + int64_t{1} * d * span_[0].pitch) * s.axis[0] +
-                     (span_[1].start + int64_t{1} * h * span_[1].pitch) * s.axis[1] +
-                     span_[2].start * s.axis[2] + o_.target_channel(group_) * s.channel);
-        }
-    }
-
-    void start_output() {
-      const int64_t width = o_.width_;
-      std::memset(output_, 0, positions_ * width * sizeof(T));
-      if (!o_.bias_) return;
-      const int channels = o_.target_channels(group_);
-      const T* bias = o_.bias_ + o_.target_channel(group_);
-      for (int64_t p = 0; p < positions_; ++p) std::memcpy(output_ + p * width, bias, channels * sizeof(T));
-    }
-
-    void read_target() {
-      const Strides& s = c_.target_strides;
-      const int count = span_[2].count;
-      each_row(s, [&](int64_t row, int64_t at) {
-        o_.access_.read_row(c_.target, at, nullptr, span_[2].pitch * s.axis[2], count, s.channel,
-                            o_.target_channels(group_), static_cast<int>(o_.width_),
-                            target_ + row * count * o_.width_);
-      });
-    }
-
-    void write_output(int64_t from_column, int64_t to_column) const {
-      const Strides& s = c_.output_strides;
-      const int count = span_[2].count;
-      const int64_t from = from_column * V;
-      const int channels = static_cast<int>(at_most(o_.target_channels(group_), to_column * V) - from);
-      if (channels <= 0) return;
-      each_row(s, [&](int64_t row, int64_t at) {
-        o_.access_.write_row(c_.output, at + from * s.channel, span_[2].pitch * s.axis[2], count, s.channel,
-                             channels, static_cast<int>(o_.width_),
-                             output_ + row * count * o_.width_ + from);
-      });
-    }
-
-    // What is made of z, [positions][functions][lanes], of some positions and functions: `first` the
-    // position, r the function.
-    void use_responses(int64_t block, int64_t first, int64_t count, int r, int functions, const T* z,
-                       int64_t from_column, int64_t to_column) {
-      const int64_t task = group_ * o_.blocks_ + block, width = o_.width_, lanes = o_.lanes_;
-      const int64_t pitch = functions * lanes;
-      T* y = output_ + first * width;
-      const T* t = target_ + first * width;
-      if (o_.lanewise_) {
-        for (int f = 0; f < functions; ++f) {
-          for (int64_t v = 0; v < lanes; v += V) {
-            const int64_t at = (r + f) * lanes + v;
-            if (wanted_ & kOutput) {
-              const Vec<T> a = load(o_.packed_block(o_.packed_, task) + at);
-              for (int64_t p = 0; p < count; ++p) {
-                T* to = y + p * width + v;
-                store(to, load(to) + a * load(z + p * pitch + f * lanes + v));
-              }
-            }
-            if (wanted_ & kCoefficients) {
-              T* to = o_.packed_block(o_.coefficient_sums_ + slice_ * o_.packed_size_, task) + at;
-              Vec<T> sum = load(to);
-              for (int64_t p = 0; p < count; ++p)
-                sum += load(t + p * width + v) * load(z + p * pitch + f * lanes + v);
-              store(to, sum);
-            }
-          }
-        }
-        return;
-      }
-      const int64_t rows = r * lanes * width;
-      if (wanted_ & kOutput) {
-        const T* a = o_.packed_block(o_.packed_, task) + rows + from_column * V;
-        product(count, static_cast<int>(to_column - from_column), pitch, z, pitch, 1, a, width, y + from_column * V, width);
-      }
-      if (wanted_ & kCoefficients) {
-        T* sums = o_.packed_block(o_.coefficient_sums_ + slice_ * o_.packed_size_, task) + rows;
-        product(pitch, o_.columns_, count, z, 1, pitch, t, width, sums, width);
-      }
-    }
-
-    // u, [positions][functions][lanes]: the gradient of z by the target.
-    void make_gradient(int64_t block, int64_t first, int64_t count, int r, int functions, T* u) const {
-      const int64_t task = group_ * o_.blocks_ + block, width = o_.width_, lanes = o_.lanes_;
-      const int64_t pitch = functions * lanes;
-      const T* t = target_ + first * width;
-      if (o_.lanewise_) {
-        const T* a = o_.packed_block(o_.packed_, task) + r * lanes;
-        for (int64_t p = 0; p < count; ++p)
-          for (int64_t n = 0; n < pitch; n += V)
-            store(u + p * pitch + n, load(a + n) * load(t + p * width + n % lanes));
-        return;
-      }
-      const int64_t channels = c_.target_channels, size = channels * c_.rank * lanes;
-      const T* a = o_.mixer_ + task * size + (o_.by_fft_ ? r * channels * lanes : 0);
-      std::memset(u, 0, count * pitch * sizeof(T));
-      product(count, static_cast<int>(pitch / V), channels, t, width, 1, a, pitch, u, pitch);
-    }
-
-    void block_by_taps(int64_t block, int64_t from_column, int64_t to_column) {
-      Patch s;
-      for (int a = 0; a < 3; ++a) {
-        s.positions[a] = span_[a].count;
-        s.stride[a] = c_.axis[a].stride;
-        s.length[a] = span_[a].length;
-        s.taps[a] = phases_[a].end - phases_[a].begin;
-      }
-      const int64_t row = int64_t{1} * s.length[2] * V;
-      for (int d = 0; d < s.length[0]; ++d)
-        for (int h = 0; h < s.length[1]; ++h)
-          gather_row(block, d, h, patch_ + (int64_t{1} * d * s.length[1] + h) * row);
-      if (wanted_ & (kOutput | kCoefficients)) {
-        int64_t pitch[2];
-        pitch[1] = int64_t{1} * c_.axis[2].taps * c_.rank;
-        pitch[0] = c_.axis[1].taps * pitch[1];
-        const T* phi = o_.band_tables_ + band_ * o_.band_size_ + phases_[0].begin * pitch[0] +
-                       phases_[1].begin * pitch[1] + int64_t{1} * phases_[2].begin * c_.rank;
-        all_responses(s, patch_, phi, pitch, c_.rank, z_);
-        use_responses(block, 0, positions_, 0, c_.rank, z_, from_column, to_column);
-      }
-      if (wanted_ & kBasis) {
-        make_gradient(block, 0, positions_, 0, c_.rank, z_);
-        int64_t pitch[3] = {0, 0, int64_t{1} * c_.rank * V};
-        pitch[1] = c_.axis[2].kernel * pitch[2];
-        pitch[0] = c_.axis[1].kernel * pitch[1];
-        for (int a = 0; a < 3; ++a) pitch[a] *= c_.axis[a].tap_step;
-        const int64_t first =
-            o_.tap(phases_, phases_[0].begin, phases_[1].begin, phases_[2].begin) * c_.rank * V;
-        all_tap_sums(s, patch_, z_, c_.rank, o_.basis_sums(slice_, o_.part_of(block)) + first, pitch);
-      }
-    }
-
-    void block_by_fft(int64_t block, int64_t from_column, int64_t to_column) {
-      constexpr int kPoint = 2 * V;
-      Transforms<T> fft(c_.circle, static_cast<const T*>(c_.roots), fft_);
-      Frequencies<T> frequencies = {patch_};
-      for (int d = span_[0].first; d < span_[0].last; ++d)
-        for (int h = span_[1].first; h < span_[1].last; ++h) {
-          gather_row(block, d, h, line_);
-          fft.row(d, h, {line_, kPoint, span_[2].first, span_[2].last}, frequencies);
-        }
-      if (span_[0].first == span_[0].last || span_[1].first == span_[1].last) {
-        std::memset(patch_, 0, o_.points_ * kPoint * sizeof(T));
-      } else {
-        fft.columns(span_[0].first, span_[0].last, span_[1].first, span_[1].last, frequencies);
-      }
-      const int height = span_[1].count, width = span_[2].count, rows = span_[0].count * height;
-      for (int r = 0; r < c_.rank; ++r) {
-        const int64_t at = band_ * o_.band_size_ + r * 2 * o_.points_;
-        if (wanted_ & (kOutput | kCoefficients)) {
-          const Filtered<T> filtered = {patch_, o_.band_tables_ + at};
-          fft.back_columns(span_[0].count, height, filtered);
-          for (int row = 0; row < rows; row += batch_) {
-            const int n = static_cast<int>(at_most(batch_, rows - row));
-            for (int i = 0; i < n; ++i)
-              fft.back_row((row + i) / height, (row + i) % height, width, filtered,
-                           z_ + int64_t{1} * i * width * kPoint);
-            use_responses(block, int64_t{1} * row * width, int64_t{1} * n * width, r, 1, z_, from_column,
-                          to_column);
-          }
-        }
-        if (wanted_ & kBasis) {
-          Correlations<T> sums = {patch_, product_, o_.basis_sums(slice_, o_.part_of(block)) + at};
-          for (int row = 0; row < rows; row += batch_) {
-            const int n = static_cast<int>(at_most(batch_, rows - row));
-            make_gradient(block, int64_t{1} * row * width, int64_t{1} * n * width, r, 1, z_);
-            for (int i = 0; i < n; ++i) {
-              const T* u = z_ + int64_t{1} * i * width * kPoint;
-              fft.row((row + i) / height, (row + i) % height, {u, kPoint, 0, width}, sums);
-            }
-          }
-          fft.columns(0, span_[0].count, 0, height, sums);
-        }
-      }
-    }
-
-    const Convolver& o_;
-    const Convolution& c_;
-    const int wanted_;
-    Room<T> room_;
-    Room<int> indices_;
-    T *patch_, *line_, *z_, *fft_, *product_, *output_, *target_;
-    Span span_[3];
-    Phase phases_[3];
-    int64_t group_, batch_index_, band_, slice_, positions_;
-    int batch_;
-  };
-
   const Convolution& c_;
   const Access<T>& access_;
   ParallelFor parallel_for_;
-  bool by_fft_, lanewise_, failed_ = false;
+  bool by_fft_, planes_, lanewise_, failed_ = false;
   int lanes_, columns_;
   int64_t groups_, blocks_, width_, phases_, bands_, taps_, points_, tiles_;
   int64_t packed_size_, band_size_, gradient_size_;
   const int* functions_;
   T *packed_, *mixer_, *band_tables_, *coefficient_sums_, *basis_sums_, *bias_;
 };
-
-Status convolve(const Convolution& call, ParallelFor parallel_for) {
-  switch (call.dtype) {
-    case kFloat:
-      return Convolver<float>(call, kAccess<kFloat>, parallel_for).run();
-    case kDouble:
-      return Convolver<double>(call, kAccess<kDouble>, parallel_for).run();
-    case kBfloat16:
-      return Convolver<float>(call, kAccess<kBfloat16>, parallel_for).run();
-    case kHalf:
-      return Convolver<float>(call, kAccess<kHalf>, parallel_for).run();
-  }
-  return kUnknown;
-}
 
 }  // namespace
 }  // namespace hyperconv

@@ -9,7 +9,8 @@ namespace hyperconv {
 // Of activations and coefficients. What is computed with is float, or double beside kDouble.
 enum Dtype : int32_t { kFloat, kDouble, kBfloat16, kHalf };
 
-enum Algorithm : int32_t { kTaps, kFft };
+// z by taps, by transforms, or by taps of planes, for few source channels.
+enum Algorithm : int32_t { kTaps, kFft, kPlanes };
 
 // Results asked for, as bits.
 enum Wanted : int32_t { kOutput = 1, kCoefficients = 2, kBasis = 4 };

@@ -90,66 +90,61 @@ void tap_sums(const Patch& s, const T* patch, const T* u, int rank, T* sums, int
     for (int r = 0; r < NR; ++r) store(sums + q * pitch + r * V, sum[q][r]);
 }
 
-// All functions, as many at a time as the registers hold, evenly.
-template <class T>
-void all_responses(const Patch& s, const T* patch, const T* phi, const int64_t* pitch, int rank, T* z) {
+// Calls f with a number of functions from 1 to kFunctions as a constant, for all of them in turn: f.of<NR>
+// (first function).
+template <class F>
+void by_functions(int rank, const F& f) {
   int passes = (rank + kFunctions - 1) / kFunctions;
   for (int r = 0; r < rank; --passes) {
     const int n = (rank - r + passes - 1) / passes;
-    T* to = z + r * kLanes<T>;
     switch (n) {
       case 1:
-        responses<T, 1>(s, patch, phi + r, pitch, rank, to);
+        f.template of<1>(r);
         break;
       case 2:
-        responses<T, 2>(s, patch, phi + r, pitch, rank, to);
+        f.template of<2>(r);
         break;
       case 3:
-        responses<T, 3>(s, patch, phi + r, pitch, rank, to);
+        f.template of<3>(r);
         break;
       case 4:
-        responses<T, 4>(s, patch, phi + r, pitch, rank, to);
+        f.template of<4>(r);
         break;
       case 5:
-        responses<T, 5>(s, patch, phi + r, pitch, rank, to);
+        f.template of<5>(r);
         break;
       default:
-        if constexpr (kFunctions == 6) responses<T, 6>(s, patch, phi + r, pitch, rank, to);
+        if constexpr (kFunctions == 6) f.template of<6>(r);
     }
     r += n;
   }
 }
 
-template <class T, int NQ>
-void tap_sums_of(const Patch& s, const T* patch, const T* u, int rank, T* sums, int64_t pitch) {
-  constexpr int V = kLanes<T>;
-  int passes = (rank + kFunctions - 1) / kFunctions;
-  for (int r = 0; r < rank; --passes) {
-    const int n = (rank - r + passes - 1) / passes;
-    const T* from = u + r * V;
-    T* to = sums + r * V;
-    switch (n) {
-      case 1:
-        tap_sums<T, NQ, 1>(s, patch, from, rank, to, pitch);
-        break;
-      case 2:
-        tap_sums<T, NQ, 2>(s, patch, from, rank, to, pitch);
-        break;
-      case 3:
-        tap_sums<T, NQ, 3>(s, patch, from, rank, to, pitch);
-        break;
-      case 4:
-        tap_sums<T, NQ, 4>(s, patch, from, rank, to, pitch);
-        break;
-      case 5:
-        tap_sums<T, NQ, 5>(s, patch, from, rank, to, pitch);
-        break;
-      default:
-        if constexpr (kFunctions == 6) tap_sums<T, NQ, 6>(s, patch, from, rank, to, pitch);
-    }
-    r += n;
+template <class T>
+struct Responses {
+  const Patch& s;
+  const T *patch, *phi;
+  const int64_t* pitch;
+  int rank;
+  T* z;
+  template <int NR>
+  void of(int r) const {
+    responses<T, NR>(s, patch, phi + r, pitch, rank, z + r * kLanes<T>);
   }
-}
+};
+
+template <class T, int NQ>
+struct TapSums {
+  const Patch& s;
+  const T *patch, *u;
+  int rank;
+  T* sums;
+  int64_t pitch;
+  template <int NR>
+  void of(int r) const {
+    tap_sums<T, NQ, NR>(s, patch, u + r * kLanes<T>, rank, sums + r * kLanes<T>, pitch);
+  }
+};
 
 // sums[tap of j][r] += sum_p u[p][r] patch[p * stride + j] for all taps of the patch; sums are `pitch`
 // apart along the three axes.
@@ -165,12 +160,12 @@ void all_tap_sums(const Patch& s, const T* patch, const T* u, int rank, T* sums,
         const T* x = row + static_cast<int64_t>(jw) * kLanes<T>;
         T* at = to + jw * pitch[2];
         if (n == 1) {
-          tap_sums_of<T, 1>(s, x, u, rank, at, pitch[2]);
+          by_functions(rank, TapSums<T, 1>{s, x, u, rank, at, pitch[2]});
         } else if (n == 2) {
-          tap_sums_of<T, 2>(s, x, u, rank, at, pitch[2]);
+          by_functions(rank, TapSums<T, 2>{s, x, u, rank, at, pitch[2]});
         } else if constexpr (kStep == 4) {
-          if (n == 3) tap_sums_of<T, 3>(s, x, u, rank, at, pitch[2]);
-          else tap_sums_of<T, 4>(s, x, u, rank, at, pitch[2]);
+          if (n == 3) by_functions(rank, TapSums<T, 3>{s, x, u, rank, at, pitch[2]});
+          else by_functions(rank, TapSums<T, 4>{s, x, u, rank, at, pitch[2]});
         }
         jw += n;
       }

@@ -171,18 +171,31 @@ inline void transpose(Vec<T>* v) {
   });
 }
 
-// The first `lanes` of a vector, zeros behind them.
+// The first `count` of fewer than 2 N numbers, by pieces of constant size.
+template <int N, class Number>
+inline void copy_part(Number* to, const Number* from, int count) {
+  if (count & N) {
+    std::memcpy(to, from, N * sizeof(Number));
+    to += N;
+    from += N;
+  }
+  if constexpr (N > 1) copy_part<N / 2>(to, from, count);
+}
+
+// The first `lanes` of a vector, not all, zeros behind them.
 template <Dtype D>
 inline Vec<typename Stored<D>::Compute> read_part(const typename Stored<D>::Number* p, int lanes) {
-  typename Stored<D>::Number numbers[kLanes<typename Stored<D>::Compute>] = {};
-  std::memcpy(numbers, p, lanes * sizeof(*p));
+  constexpr int V = kLanes<typename Stored<D>::Compute>;
+  typename Stored<D>::Number numbers[V] = {};
+  copy_part<V / 2>(numbers, p, lanes);
   return Stored<D>::read(numbers);
 }
 template <Dtype D>
 inline void write_part(typename Stored<D>::Number* p, Vec<typename Stored<D>::Compute> v, int lanes) {
-  typename Stored<D>::Number numbers[kLanes<typename Stored<D>::Compute>];
+  constexpr int V = kLanes<typename Stored<D>::Compute>;
+  typename Stored<D>::Number numbers[V];
   Stored<D>::write(numbers, v);
-  std::memcpy(p, numbers, lanes * sizeof(*p));
+  copy_part<V / 2>(p, numbers, lanes);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ def _header(
     problem, tile = plan.problem, plan.tile
     call, size = Convolution(), tiles.channels(problem, tile.transposed)
     call.dtype = library.DTYPES[problem.dtype]
-    call.algorithm = library.ALGORITHMS[plan.algorithm]
+    call.algorithm = library.PLANES if tile.planes else library.ALGORITHMS[plan.algorithm]
     call.wanted = tiles.wanted_of(problem)
     call.batch, call.groups, call.rank = problem.batch, problem.geometry.groups, problem.rank
     call.source_channels, call.target_channels = size.source, size.target
@@ -186,14 +186,14 @@ def basis_conv_bwd(
     problem, backward = plan.problem, plan.problem.op == "basis_conv_bwd_input"
     if plan.tile.rest is not None:
         first, rest = _halves(plan)
-        output = _convolve(first, grad, coefficients, basis, None)
+        gradient = _convolve(first, grad, coefficients, basis, None)
         if wanted[1] and wanted[2]:
             others = basis_conv_bwd(rest, grad, input, coefficients, basis, (False, True, True))
-            return output, *others[1:]
+            return gradient, *others[1:]
         sides = (grad, input) if backward else (input, grad)
         if wanted[1]:
-            return output, basis_conv_bwd_coeff(rest, *sides, basis), None
-        return output, None, basis_conv_bwd_basis(rest, *sides, coefficients)
+            return gradient, basis_conv_bwd_coeff(rest, *sides, basis), None
+        return gradient, None, basis_conv_bwd_basis(rest, *sides, coefficients)
     output = _output(problem, backward, grad) if wanted[0] else None
     pair = (grad, input) if plan.tile.transposed == backward else (input, grad)
     coefficients_gradient = basis_gradient = None

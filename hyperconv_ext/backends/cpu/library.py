@@ -29,6 +29,7 @@ _NOT_BUILT = (
 CAPABILITIES = ("avx512", "avx2", "baseline")  # best first
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 ALGORITHMS = {"basis": 0, "fft": 1}
+PLANES = 2  # an algorithm to the engine, a kind of tile to the planner
 OUTPUT, COEFFICIENTS, BASIS = 1, 2, 4
 MAX_LAYERS = 16
 _NO_MEMORY = 1

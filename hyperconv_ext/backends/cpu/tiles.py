@@ -37,6 +37,7 @@ _PRODUCT, _TAPS, _TRANSFORM = 0.9, 0.8, 0.42
 _CLOCK = 3.3e9
 _CALL = 10e-6  # seconds before and after the loops
 _SLICES, _PARTS = 4, 8
+_PLANES = 96  # rows of z in planes, which are to stay in a cache
 _SLICE_BYTES = 1 << 22  # of sums, from which on there are two slices
 
 
@@ -46,7 +47,8 @@ class Tile:
 
     `shape`: positions of the target along the axes of one phase. `circles`: points of the transforms,
     None by taps. `transposed`: the source is y (or its gradient) and the target x. Sums are dealt into
-    `slices` of the tiles and `parts` of the blocks of source channels. `rest`: how the sums of a joint
+    `slices` of the tiles and `parts` of the blocks of source channels. `planes`: lanes are positions in
+    the place of source channels. `rest`: how the sums of a joint
     problem are computed, if not with the output.
     """
 
@@ -55,12 +57,13 @@ class Tile:
     transposed: bool
     slices: int
     parts: int
+    planes: bool = False
     rest: Tile | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        text = "x".join(map(str, self.shape))
+        text = "x".join(map(str, self.shape)) + (" in planes" if self.planes else "")
         return text if self.circles is None else f"{text} of {'x'.join(map(str, self.circles))}"
 
 
@@ -181,8 +184,8 @@ def _circle(axis: Axis, tile: int) -> int:
     if tile < count:
         return patch
     # One tile: inputs exist for first <= l < last; l + points must be beyond the patch for them. Both
-    # sink from phase to phase of those that agree modulo `modulus` and have as many positions, so that the
-    # first and the last of these decide.
+    # sink from phase to phase of those that agree modulo `modulus` and have as many positions, so that
+    # the first and the last of these decide.
     points, full = max(tile, axis.taps), axis.out_size - axis.phases * (count - 1)
     for begin, end, positions in ((0, full, count), (full, axis.phases, count - 1)):
         ends = {*range(begin, end)[: axis.modulus], *range(begin, end)[-axis.modulus :]}
@@ -223,6 +226,15 @@ def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]
                 )
 
 
+def _plane_shapes(counts: Triple, lanes: int) -> Iterator[Triple]:
+    """Blocks of some hundred positions, in whole vectors along the last axis."""
+    for width in {min(_up(counts[2], lanes), size * lanes) for size in (1, 2, 4, 8)}:
+        for height in {min(counts[1], size) for size in (1, 4, 8, 16)}:
+            for depth in {min(counts[0], size) for size in (1, 4)}:
+                if depth * height * width <= 512:
+                    yield depth, height, width
+
+
 def _product_work(size: Channels, rank: int, lanes: int, count: int) -> float:
     """Vector multiply-adds of `count` products per position and block of `lanes` source channels."""
     if size.lanewise:
@@ -248,6 +260,17 @@ def _seconds(problem: Problem, tile: Tile) -> float:
     sums = bool(wanted & (OUTPUT | COEFFICIENTS)) + bool(wanted & BASIS)
     products = _product_work(size, rank, lanes, len(problem.ops)) * (block // lanes)
     clocks = positions * blocks * products / _PRODUCT
+    if tile.planes:
+        rounded = _up(counts[2], lanes) / counts[2] if counts[2] < tile.shape[2] else 1.0
+        vectors = positions * groups * rounded / lanes
+        taps = prod(axis.taps for axis in axes)
+        clocks = vectors * size.source * rank * taps * sums / _TAPS
+        clocks += vectors * size.source * rank * size.target * len(problem.ops) / _PRODUCT
+        lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
+        reads = lengths[0] * lengths[1] * _up(lengths[2], lanes)
+        clocks += 1.5 * tiles * groups * size.source * reads
+        clocks += positions * groups * size.target * (1 + (len(problem.ops) > 1))
+        return clocks / (2 * _CLOCK) + _CALL
     if tile.circles is None:
         taps = prod(axis.taps for axis in axes)
         rounded = _up(tile.shape[2], 4) / tile.shape[2]
@@ -323,9 +346,15 @@ def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
         else:
             step = 4 if registers == 32 else 2
             shapes = ((shape, None) for shape in _tap_shapes(_counts(whole.axes), step))
+        found = []
         for shape, circles in shapes:
             block = 2 * lanes if circles else lanes
-            tile = Tile(shape, circles, transposed, *_slices(problem, size, block))
+            found.append(Tile(shape, circles, transposed, *_slices(problem, size, block)))
+        if algorithm == "basis" and size.source < lanes and size.source * problem.rank <= _PLANES:
+            slices, _ = _slices(problem, size, lanes)
+            for shape in _plane_shapes(_counts(whole.axes), lanes):
+                found.append(Tile(shape, None, transposed, slices, 1, planes=True))
+        for tile in found:
             seconds = _seconds(problem, tile)
             if best is None or seconds < best[1]:
                 best = tile, seconds
@@ -361,20 +390,20 @@ def outruns_dense(weight: WeightShape) -> bool:
     """Whether this engine beats building W and the library's convolution, by counts and a margin.
 
     Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
-    what a transform costs in the place of K. Source channels fill lanes, so that fewer than sixteen
-    waste some. Of 100 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward
-    and step, W built each time) those within the margins were level or ahead.
+    what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded; where
+    source channels are few, moving data counts more than multiplying. Of 110 rows (1 to 256 channels,
+    k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward and step, W built each time) those within
+    the margins were level or ahead.
     """
     taps, rank = weight.taps, weight.rank
     margin = _HALF if weight.width == 2 else 1.0
+    formed = min(taps, _TRANSFORMED)
     if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
-        return taps > 1.8 * margin * rank * min(taps, _TRANSFORMED)
-    columns = _up(weight.outputs, 16)
-    ratio = taps * columns / (rank * (columns + min(taps, _TRANSFORMED)))
+        return taps > 1.8 * margin * rank * formed
+    few = weight.inputs < 16
+    columns = weight.outputs if few else _up(weight.outputs, 16)
+    ratio = taps * columns / (rank * (columns + formed))
     if weight.strides > 1:  # a step multiplies at every input position for the gradient there
-        step = 3 * taps * columns
-        ratio = min(
-            ratio, step / (rank * ((3 + weight.strides) * columns + 3 * min(taps, _TRANSFORMED)))
-        )
-    used = weight.inputs / _up(weight.inputs, 16)
-    return ratio * used > margin * (1.2 if used == 1 else 1.5)
+        here = rank * ((3 + weight.strides) * columns + 3 * formed)
+        ratio = min(ratio, 3 * taps * columns / here)
+    return ratio > margin * (2.5 if few else 1.2)
