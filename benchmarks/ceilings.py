@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class Ceilings:
             self._rates[dtype] = 2 * side**3 / fastest
         return self._rates[dtype]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """What has been measured so far; the bandwidth is None before."""
         return {"bytes_per_second": vars(self).get("bandwidth"), "flops_per_second": dict(self._rates)}
 

@@ -27,8 +27,8 @@ LAYOUTS = ("contiguous", "channels_last")
 _HYPER: dict[int, Callable[..., HyperConvNd]] = {1: HyperConv1d, 2: HyperConv2d, 3: HyperConv3d}
 _DENSE: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]]
 _DENSE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# On a CPU: from which kernel size on a dense convolution by FFT is among the competitors, and the taps of
-# the only layers that composite, which is slow, runs.
+# On a CPU: from which kernel size on a dense convolution by FFT is among the competitors, and the taps
+# of the only layers that composite, which is slow, runs.
 _FOURIER = 11
 _COMPOSITE_TAPS = 49
 # From this size on oneDNN takes up to minutes for the gradient of a channels-last layer's weight.
@@ -39,9 +39,10 @@ _SLOW = 0.3
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to run a layer. `backend` None is `nn.ConvNd` with a weight of its own, by FFT if `fourier`.
+    """One way to run a layer.
 
-    The competitors of one `column` differ only in layout; the report takes the fastest.
+    `backend` None is `nn.ConvNd` with a weight of its own, computed by FFT if `fourier`. The competitors
+    of one `column` differ only in layout; the report takes the fastest.
     """
 
     column: str
@@ -90,7 +91,7 @@ def competitors(shape: Shape, on_gpu: bool) -> tuple[Competitor, ...]:
 def why_left_out(entry: Competitor, row: Row, done: Sequence[Record]) -> str:
     """Why a competitor of a CPU is not measured in a row of which others are `done`, or ''."""
     large = row.shape.dims == 2 and max(row.shape.kernel_size) >= _ENDLESS
-    if entry.column == CONV and entry.layout == LAYOUTS[1] and row.phase == "step" and large:
+    if entry.baseline and entry.layout == LAYOUTS[1] and row.phase == "step" and large:
         return "the library takes seconds to minutes for a call in this layout"
     if entry.column != HYPERNET:
         return ""

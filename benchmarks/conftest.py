@@ -41,7 +41,9 @@ _REPOSITORY = Path(__file__).resolve().parents[1] / ".git"
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "the JSON of --benchmark-json, but written after every row: a run that is killed loses one"
     parser.addoption("--results", type=Path, help=text)
-    text = f"start no benchmark later than this after the beginning; on a CPU {_CPU_SECONDS} if not given"
+    text = (
+        f"start no benchmark later than this after the beginning; on a CPU {_CPU_SECONDS} if not given"
+    )
     default = math.inf if machine.device().type == "cuda" else _CPU_SECONDS
     parser.addoption("--seconds", type=float, default=default, help=text)
 
@@ -122,11 +124,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     facts = done.facts | {"commit": f"{commit['id'][:12]}{'+' * commit['dirty']}"}
     kind = machine.device().type
-    parts = [tables.align(tables.speed(done.records, absolute=True))]
-    parts.append(tables.align(tables.memory(done.records, absolute=True)))
+    parts = [tables.align(tables.speed(done.records)), tables.align(tables.memory(done.records))]
     if kind == "cuda":
         parts.append(tables.align(tables.launches(done.records)))
+    else:
+        ceilings = done.ceilings.to_json()["flops_per_second"]
+        parts.append(tables.align(tables.rates(done.records, ceilings)))
     parts.append(tables.summary(done.records))
+    for caption, table in tables.headline(done.records):
+        parts.append([caption, *tables.align(table, labels=1)])
     terminalreporter.section("hyperconv_ext against the library")
     for part in parts:
         for line in (*part, ""):
@@ -134,7 +140,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in (
         tables.SPEED,
         tables.MEMORY,
-        *([tables.LAUNCHES] if kind == "cuda" else []),
+        tables.LAUNCHES if kind == "cuda" else tables.RATES,
         "Medians; a ratio below 1 is a loss. Baselines ran in both layouts, the faster is shown.",
         _CLOCKS[kind],
         ", ".join(f"{name} {value}" for name, value in facts.items()),

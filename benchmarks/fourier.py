@@ -45,7 +45,7 @@ def spectrum(weight: Tensor, points: Ints, groups: int) -> Tensor:
 
 
 def _product(waves: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """`[B, C_out, frequencies]` of x's `[B, C_in, frequencies]` and W's `spectrum`, neither conjugated."""
+    """`[B, C_out, frequencies]` of x's `[B, C_in, frequencies]` and W's `spectrum`."""
     if kernel.shape[2:] == (1, 1):  # depthwise: nothing to sum
         return waves * kernel[:, :, 0, 0].T
     grouped = waves.unflatten(1, (groups, -1)).permute(3, 1, 0, 2)
@@ -116,4 +116,3 @@ class FourierConv(nn.Module):
             kernel = spectrum(self.weight.to(dtype), points, self._groups).contiguous()
             self._kept = points, self.weight._version, kernel
         return kernel
-

@@ -17,7 +17,10 @@ except ImportError as error:
     ) from error
 
 from .records import (
+    AUTO,
     CONV,
+    FOURIER,
+    HYPERNET,
     PHASE_NAMES,
     PHASES,
     Cells,
@@ -29,6 +32,7 @@ from .records import (
     memory_saving,
     speedup,
 )
+from .shapes import layer
 
 _STYLE: Any = {
     "svg.hashsalt": "hyperconv_ext",
@@ -50,6 +54,8 @@ def draw(name: str, records: Sequence[Record], ceilings: Mapping[str, Any], path
     with matplotlib.rc_context(_STYLE):
         if name == "roofline":
             figure = _roofline(first, ceilings)
+        elif name == "time":
+            figure = _times(first)
         elif name == "features":
             figure = _ratios(_both_features(records), speedup, "N", lambda row: row.shape.num_features)
         else:
@@ -110,6 +116,51 @@ def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
         axes.set(title=PHASE_NAMES[phase], xscale="log", yscale="log")
     panels[0].set_ylabel(label)
     return figure, panels
+
+
+# Colour and line of what the figure of times is about; other columns are thin and dashed.
+_LINES: dict[str, dict[str, Any]] = {
+    CONV: {"color": "black", "linewidth": 2.5, "label": "nn.Conv"},
+    FOURIER: {"color": "C7", "linewidth": 1.5, "label": "FFT convolution, dense weight"},
+    AUTO: {"color": "C3", "linewidth": 3, "label": "HyperConv, auto"},
+}
+
+
+def _times(records: Sequence[Record]) -> Figure:
+    """Of the layer of two axes with most kernel sizes, of several the middle one: a line each."""
+    rows = {row: cells for row, cells in compared(records).items() if row.shape.dims == 2}
+    kernels: dict[str, set[int]] = {}
+    for row in rows:
+        kernels.setdefault(layer(row.shape), set()).add(max(row.shape.kernel_size))
+    most = max(map(len, kernels.values()), default=0)
+    names = [name for name, sizes in kernels.items() if len(sizes) == most]
+    figure, panels = _panels("ms")
+    if not names:
+        return figure
+    shown = names[len(names) // 2]
+    baselines = [name for name in columns(records, baseline=True) if not name.startswith(HYPERNET)]
+    for axes, phase in zip(panels, PHASES, strict=True):
+        for index, name in enumerate((*baselines, *columns(records, baseline=False))):
+            points = {
+                max(row.shape.kernel_size): 1e3 * cells[name].seconds  # type: ignore[operator]
+                for row, cells in rows.items()
+                if row.phase == phase and layer(row.shape) == shown and name in cells
+                if cells[name].seconds
+            }
+            style: Any = {"color": f"C{index}", "linewidth": 1, "linestyle": "--", "label": name}
+            ordered = sorted(points.items())
+            axes.plot(
+                *zip(*ordered, strict=True) if ordered else ([], []),
+                marker="o",
+                **style | _LINES.get(name, {}),
+            )
+        ticks = sorted(kernels[shown])
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set(xlabel="kernel size", title=f"{shown}, {PHASE_NAMES[phase]}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.minorticks_off()
+    return _with_legend(figure)
 
 
 def _with_legend(figure: Figure) -> Figure:

@@ -1,6 +1,6 @@
 """From the JSON of a run to a report and its plots: `python benchmarks/report.py results.json`.
 
-Of a CPU only ratios are reported.
+What a CPU's says first is also in README.md, between two marks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,9 +19,10 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import goals, shapes, tables
-from benchmarks.records import PHASE_NAMES, PHASES, Record, load
+from benchmarks.records import PHASE_NAMES, PHASES, Record, left_out, load
 
 PLOTS = {
+    "time": "Time against the kernel size, of the layer that was measured with most of them.",
     "kernel": "Speed-up over nn.Conv in 2-D against the kernel size: geometric means, and every row.",
     "channels": "Speed-up over nn.Conv against the input channels.",
     "features": "Speed-up over nn.Conv against N, the number of features.",
@@ -28,6 +30,11 @@ PLOTS = {
     "roofline": "Operations of the direct convolution a second against their number per byte, under the "
     "ceilings measured in the same run.",
 }
+
+
+_ROOT = Path(__file__).resolve().parents[1]
+_MARKS = ("<!-- benchmarks/report.py writes this -->", "<!-- until here -->")
+_UNMEASURED = "Not measured yet: `make bench` does."
 
 
 def on_gpu(document: Mapping[str, Any]) -> bool:
@@ -40,9 +47,8 @@ def slug(document: Mapping[str, Any]) -> str:
 
 
 def plot_names(document: Mapping[str, Any]) -> list[str]:
-    """Those that have something to show. The roofline is in TFLOP/s, which is not for a CPU's report."""
-    drawn = PLOTS if document["benchmarks"] else ()
-    return [name for name in drawn if on_gpu(document) or name != "roofline"]
+    """Those that have something to show."""
+    return list(PLOTS) if document["benchmarks"] else []
 
 
 def _head(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
@@ -51,12 +57,8 @@ def _head(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         lines = [f"# Benchmarks on {facts['device']}", ""]
         lines += ["Medians of the device's own time with a cold L2 cache; a ratio below 1 is a loss."]
     else:
-        lines = ["# Benchmarks on a CPU", "", "**No GPU has measured anything in this report.** "]
-        lines[-1] += "It holds ratios of wall-clock"
-        lines += [
-            "times where no fused kernel runs, which say nothing of the kernels' speed. A ratio below 1"
-        ]
-        lines += ["is a loss."]
+        lines = ["# Benchmarks on a CPU", ""]
+        lines += ["Medians of the wall clock with warm caches, all threads; a ratio below 1 is a loss."]
     planned = len(PHASES) * len(shapes.GPU if on_gpu(document) else shapes.CPU)
     rows = len({record.row for record in records})
     brand = facts.get("cpu", {}).get("brand_raw")
@@ -70,13 +72,73 @@ def _head(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         "",
         f"{rows} of the suite's {planned} rows were run, on {document['datetime'][:10]}: "
         + ", ".join(f"{name} {value}" for name, value in told.items())
-        + ".",
+        + f". {_ceilings(document)}",
     ]
 
 
-def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
-    """On a CPU nothing counts towards a goal."""
-    counted = records if on_gpu(document) else []
+def _ceilings(document: Mapping[str, Any]) -> str:
+    """What the machine did at most in the same run."""
+    found = document["ceilings"]
+    rates = [f"{rate / 1e9:,.0f} GFLOP/s in {d}" for d, rate in found["flops_per_second"].items()]
+    if not rates or not found["bytes_per_second"]:
+        return ""
+    text = f"Ceilings, measured in the same run: the product of large matrices at {' and '.join(rates)}"
+    return f"{text}, a copy in memory at {found['bytes_per_second'] / 1e9:,.0f} GB/s."
+
+
+def headline(document: Mapping[str, Any], folder: str) -> list[str]:
+    """A CPU's first figure and tables, Markdown; the figure is in `folder`."""
+    found = tables.headline(load(document))
+    if not found:
+        return [_UNMEASURED]
+    facts = document["machine_info"]
+    brand = facts.get("cpu", {}).get("brand_raw") or "CPU"
+    lines = [f"![{PLOTS['time']}]({folder}time.svg)"]
+    for caption, table in found:
+        lines += ["", caption, "", *tables.markdown(table, labels=1)]
+    return [
+        *lines,
+        "",
+        f"{facts['threads']} threads of an {brand} ({facts['instructions']}), torch {facts['torch']}, "
+        f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`. {_ceilings(document)}",
+    ]
+
+
+def with_headline(text: str, document: Mapping[str, Any]) -> str:
+    """README.md with what the CPU's results say between the marks."""
+    begin, end = _MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md: expected the marks {begin} and {end} once each; put them back")
+    before, rest = text.split(begin)
+    lines = headline(document, f"benchmarks/results/{slug(document)}/")
+    return "\n".join([f"{before}{begin}", *lines, f"{end}{rest.split(end)[1]}"])
+
+
+def _cpu_goals(records: Sequence[Record]) -> list[str]:
+    lines = [
+        "## Goals",
+        "",
+        "Speed-ups of `auto` over nn.Conv in its better layout, of 64, 128 and 256 channels at 64², 32² and",
+        "16², N = 4, two threads.",
+    ]
+    misses: list[str] = []
+    for (dtype, phase), targets in goals.CPU_TARGETS.items():
+        table = [[f"{PHASE_NAMES[phase]}, {dtype}", *(f"k = {kernel}" for kernel in goals.CPU_KERNELS)]]
+        for channels in targets:
+            verdicts = goals.on_cpu(records, dtype, phase, channels)
+            cells = [f"{verdict.brief} (>= {verdict.target:g})" for verdict in verdicts]
+            table.append([f"{channels} channels", *cells])
+            misses += chain.from_iterable(verdict.misses() for verdict in verdicts)
+        lines += ["", *tables.markdown(table, labels=1)]
+    table = [["both passes", "ratio"]]
+    for verdict in goals.elsewhere_on_cpu(records):
+        table.append([f"{verdict.name} (>= {verdict.target:g})", verdict.text])
+        misses += verdict.misses()
+    lines += ["", *tables.markdown(table, labels=1)]
+    return [*lines, "", "Missed:", "", *misses] if misses else lines
+
+
+def _gpu_goals(records: Sequence[Record]) -> list[str]:
     headings = [f"{name} (>= {{}})" for name in goals.CLASSES]
     lines = [
         "## Goals",
@@ -91,13 +153,13 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
         heading = [text.format(target) for text, target in zip(headings, targets, strict=True)]
         table = [[PHASE_NAMES[phase], *heading]]
         for backend in goals.BACKENDS:
-            verdicts = goals.by_class(counted, backend, phase)
+            verdicts = goals.by_class(records, backend, phase)
             table.append([backend, *(verdict.text for verdict in verdicts)])
             misses += chain.from_iterable(verdict.misses() for verdict in verdicts)
         lines += ["", *tables.markdown(table, labels=1)]
     table = [["everywhere", "ratio (>= 1)"]]
     for backend in goals.BACKENDS:
-        for verdict in goals.everywhere(counted, backend):
+        for verdict in goals.everywhere(records, backend):
             table.append([verdict.name, verdict.text])
             misses += verdict.misses()
     lines += ["", *tables.markdown(table, labels=1)]
@@ -107,14 +169,16 @@ def _goals(document: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
 
 
 def _tier(document: Mapping[str, Any], records: Sequence[Record], tier: tuple[str, int]) -> list[str]:
-    gpu = on_gpu(document)
     parts = [
-        (tables.SPEED if gpu else tables.SPEED_RATIOS, tables.speed(records, gpu)),
-        (tables.MEMORY if gpu else tables.MEMORY_RATIOS, tables.memory(records, gpu)),
-        (tables.ROOFLINE if gpu else tables.ROOFLINE_RATIOS, tables.roofline(records, gpu)),
+        (tables.SPEED, tables.speed(records)),
+        (tables.MEMORY, tables.memory(records)),
+        (tables.ROOFLINE, tables.roofline(records)),
     ]
-    if gpu:
+    if on_gpu(document):
         parts.insert(1, (tables.LAUNCHES, tables.launches(records)))
+    else:
+        rates = tables.rates(records, document["ceilings"]["flops_per_second"])
+        parts.insert(1, (tables.RATES, rates))
     lines = [f"## {tier[0]}, N = {tier[1]}"]
     for caption, table in parts:
         lines += ["", caption, "", *tables.markdown(table)]
@@ -124,12 +188,20 @@ def _tier(document: Mapping[str, Any], records: Sequence[Record], tier: tuple[st
 def report(document: Mapping[str, Any]) -> str:
     """The whole report, Markdown, a function of the JSON alone."""
     records = load(document)
-    sections = [_head(document, records), _goals(document, records)]
+    sections = [_head(document, records)]
+    if on_gpu(document):
+        sections.append(_gpu_goals(records))
+    else:
+        sections += [["## Against the kernel size", "", *headline(document, "")], _cpu_goals(records)]
     if summary := [f"- {line}" for line in tables.summary(records)]:
         sections.append(["## Summary", "", *summary])
     failures = [f"- {r.row.name}, {r.column}/{r.layout}: {r.failure}" for r in records if r.failure]
     if failures:
         sections.append(["## Failures", "", *failures])
+    omitted = Counter((record.column, record.layout, record.failure) for record in left_out(document))
+    if omitted:
+        lines = [f"- {column}/{layout}, {n} rows: {why}" for (column, layout, why), n in omitted.items()]
+        sections.append(["## Left out", "", *lines])
     plots = [["", PLOTS[name], "", f"![{PLOTS[name]}]({name}.svg)"] for name in plot_names(document)]
     if plots:
         sections.append(["## Plots", *chain.from_iterable(plots)])
@@ -160,12 +232,16 @@ def write(source: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/DEVICE")
+    text = "folder; default: benchmarks/results/DEVICE, and of a CPU also README.md"
+    parser.add_argument("--output", type=Path, help=text)
     options = parser.parse_args()
     folder = options.output
     if folder is None:
-        name = slug(json.loads(options.results.read_text()))
-        folder = Path(__file__).resolve().parent / "results" / name
+        document = json.loads(options.results.read_text())
+        folder = _ROOT / "benchmarks" / "results" / slug(document)
+        if not on_gpu(document):
+            readme = _ROOT / "README.md"
+            readme.write_text(with_headline(readme.read_text(), document))
     try:
         write(options.results, folder)
     except ImportError as error:

@@ -101,6 +101,19 @@ class Shape:
         return 2 * self.batch * self.in_channels * (min(direct, ranked) if hyper else direct)
 
 
+def layer(shape: Shape) -> str:
+    """For people: the layer without its kernel size, number of features and batch."""
+    power = {1: "", 2: "²", 3: "³"}[shape.dims]
+    place = f"{_extent(shape.size)}{power if len(set(shape.size)) == 1 else ''}"
+    depthwise = shape.groups == shape.in_channels == shape.out_channels
+    channels = f"{shape.in_channels} → {shape.out_channels}"
+    channels = f"{shape.in_channels} depthwise" if depthwise else channels
+    grouped = f", {shape.groups} groups" if shape.groups > 1 and not depthwise else ""
+    dilated = f", dilation {shape.dilation}" if shape.dilation > 1 else ""
+    strided = f", stride {shape.stride}" if shape.stride > 1 else ""
+    return f"{channels} at {place}{grouped}{strided}{dilated}"
+
+
 def _extent(lengths: Ints) -> str:
     """`7` for a square or cube, `5x3` for a rectangle."""
     return str(lengths[0]) if len(set(lengths)) == 1 else "x".join(map(str, lengths))

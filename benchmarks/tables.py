@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .records import (
+    AUTO,
     CONV,
+    FOURIER,
     PHASE_NAMES,
     PHASES,
     Cells,
     Record,
+    Row,
     columns,
     compared,
     geometric_mean,
     memory_saving,
     speedup,
 )
+from .shapes import layer
 
 Table = list[list[str]]
 _LABELS = ("shape", "dtype", "pass")
-SPEED_RATIOS = (
-    "How many times faster than nn.Conv; ± the interquartile range of the time in percent of it."
+SPEED = (
+    "Time in us. How many times faster than nn.Conv; ± the interquartile range of the time in percent of "
+    "it, or `once`, as often as it was measured."
 )
-SPEED = f"Time in us. {SPEED_RATIOS}"
 MEMORY = "Peak memory above inputs and parameters in MiB, and how many times less than nn.Conv."
-MEMORY_RATIOS = "How many times less peak memory above inputs and parameters than nn.Conv."
 LAUNCHES = (
     "Time in us: one of many calls in a row, launches included / replayed as a CUDA graph, cold L2 / "
     "as above."
@@ -33,10 +36,7 @@ ROOFLINE = (
     "Share of the time that memory or arithmetic need at least; TFLOP/s counting the operations of the "
     "direct convolution / those executed."
 )
-ROOFLINE_RATIOS = (
-    "Share of the time that memory or arithmetic need at least; operations executed per operation of "
-    "the direct convolution."
-)
+RATES = "Operations executed, in GFLOP/s, and their share of the ceiling."
 
 
 def _grid(records: Sequence[Record], text: Callable[[Cells, Record], str]) -> Table:
@@ -64,13 +64,15 @@ def _microseconds(seconds: float | None) -> str:
     return f"{seconds * 1e6:.1f}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
 
 
-def speed(records: Sequence[Record], absolute: bool) -> Table:
-    """`SPEED` or `SPEED_RATIOS`; of baselines also the faster layout."""
+def speed(records: Sequence[Record]) -> Table:
+    """`SPEED`; of baselines also the faster layout."""
 
     def text(cells: Cells, record: Record) -> str:
-        parts = [_microseconds(record.seconds)] if absolute else []
+        parts = [_microseconds(record.seconds)]
         parts.append(_times(speedup(cells, record.column, CONV)))
-        if record.seconds and record.spread is not None:
+        if record.rounds == 1:
+            parts.append("once")
+        elif record.seconds and record.spread is not None:
             parts.append(f"±{record.spread / record.seconds:.0%}")
         if record.baseline:
             parts.append(record.layout)
@@ -79,14 +81,14 @@ def speed(records: Sequence[Record], absolute: bool) -> Table:
     return _grid(records, text)
 
 
-def memory(records: Sequence[Record], absolute: bool) -> Table:
-    """`MEMORY` or `MEMORY_RATIOS`."""
+def memory(records: Sequence[Record]) -> Table:
+    """`MEMORY`, of the rows in which it was measured."""
 
     def text(cells: Cells, record: Record) -> str:
         if record.memory is None:
             return "-"
         ratio = _times(memory_saving(cells, record.column, CONV))
-        return f"{record.memory / 2**20:.1f} {ratio}" if absolute else ratio
+        return f"{record.memory / 2**20:.1f} {ratio}"
 
     return _grid([record for record in records if record.memory is not None or record.failure], text)
 
@@ -101,17 +103,77 @@ def launches(records: Sequence[Record]) -> Table:
     return _grid(records, text)
 
 
-def roofline(records: Sequence[Record], absolute: bool) -> Table:
-    """`ROOFLINE` or `ROOFLINE_RATIOS`."""
+def roofline(records: Sequence[Record]) -> Table:
+    """`ROOFLINE`."""
 
     def text(_: Cells, record: Record) -> str:
         share = "-" if record.achieved is None else f"{record.achieved:.0%}"
-        if not absolute:
-            return f"{share} {record.executed_flops / record.direct_flops:.2f}"
         rates = (record.tflops(record.direct_flops), record.tflops(record.executed_flops))
-        return f"{share} {' / '.join('-' if rate is None else f'{rate:.1f}' for rate in rates)}"
+        return f"{share} {' / '.join(map(_rate, rates))}"
 
     return _grid(records, text)
+
+
+def _rate(teraflops: float | None) -> str:
+    if teraflops is None:
+        return "-"
+    return f"{teraflops:.1f}" if teraflops >= 1 else f"{teraflops:.2g}"
+
+
+def rates(records: Sequence[Record], flops_per_second: Mapping[str, float]) -> Table:
+    """`RATES`, by the ceilings of the run."""
+
+    def text(_: Cells, record: Record) -> str:
+        if record.seconds is None or record.column == FOURIER:  # whose operations nobody counts
+            return "-"
+        rate = record.executed_flops / record.seconds
+        return f"{rate / 1e9:.1f} {rate / flops_per_second[record.dtype]:.0%}"
+
+    return _grid(records, text)
+
+
+def by_kernel(records: Sequence[Record], backend: str, baseline: str) -> Table:
+    """Times faster, forward / forward + backward: a line per layer, a column per kernel size."""
+    ratios: dict[str, dict[int, dict[str, float]]] = {}
+    for row, cells in compared(records).items():
+        ratio = speedup(cells, backend, baseline)
+        if ratio is not None:
+            cell = ratios.setdefault(_line(row), {}).setdefault(max(row.shape.kernel_size), {})
+            cell[row.phase] = ratio
+    kernels = sorted({kernel for cells in ratios.values() for kernel in cells})
+    lines = [["layer", *(f"k = {kernel}" for kernel in kernels)]]
+    for name, line in ratios.items():
+        found = ([line[k].get(phase) for phase in PHASES] if k in line else [] for k in kernels)
+        lines.append([name, *(" / ".join(map(_digits, pair)) for pair in found)])
+    return lines
+
+
+def _line(row: Row) -> str:
+    """Of `by_kernel`, where fp32 and N = 4 go without saying."""
+    text = layer(row.shape)
+    text += f", {row.dtype}" if row.dtype != "fp32" else ""
+    return text + (f", N = {row.shape.num_features}" if row.shape.num_features != 4 else "")
+
+
+def _digits(ratio: float | None) -> str:
+    """Three of them, as far as they mean anything."""
+    if ratio is None:
+        return "-"
+    return f"{ratio:.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x" if ratio >= 9.95 else f"{ratio:.2f}x"
+
+
+def headline(records: Sequence[Record]) -> list[tuple[str, Table]]:
+    """Caption and table of what `auto` gains over nn.ConvNd and over an FFT convolution."""
+    pairs = (
+        (CONV, "nn.ConvNd in its better layout"),
+        (FOURIER, "an FFT convolution with a fixed dense weight, whose spectrum is kept in inference"),
+    )
+    found = []
+    for baseline, text in pairs:
+        table = by_kernel(records, AUTO, baseline)
+        if len(table) > 1:
+            found.append((f"Times faster than {text}, forward / forward + backward:", table))
+    return found
 
 
 def summary(records: Sequence[Record]) -> list[str]:
@@ -139,13 +201,13 @@ def summary(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def align(table: Table) -> list[str]:
-    """Columns padded to equal width: the row's name to the left, numbers to the right."""
+def align(table: Table, labels: int = len(_LABELS)) -> list[str]:
+    """Columns padded to equal width: the first `labels`, names, to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
         pairs = enumerate(zip(row, widths, strict=True))
-        padded = [t.ljust(w) if i < len(_LABELS) else t.rjust(w) for i, (t, w) in pairs]
+        padded = [t.ljust(w) if i < labels else t.rjust(w) for i, (t, w) in pairs]
         lines.append("  ".join(padded).rstrip())
     return lines
 

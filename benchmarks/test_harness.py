@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import ceilings, competitors, gate, machine, shapes, timing
+from . import ceilings, competitors, fourier, gate, machine, shapes, timing
 from .competitors import Competitor, arrange, cases, subject
+from .records import Record, Row
 from .shapes import Shape
 
-_SMALL = shapes.SMALL[0]
+_SMALL = shapes.CPU_TINY[1]  # 5x5
 
 
 class FakeEvent:
@@ -51,6 +52,14 @@ def test_difference_of_stamps_waits_and_is_in_seconds() -> None:
 def test_rounds_stay_within_bounds() -> None:
     effort = timing.Effort(seconds=1.0, least=5, most=20)
     assert [effort.rounds(t) for t in (0.0, 0.1, 10.0)] == [20, 10, 5]
+    patient = replace(effort, patience=6.0)
+    assert [patient.rounds(t) for t in (0.1, 1.0, 2.0, 7.0)] == [10, 5, 3, 1]
+
+
+def test_a_call_that_takes_long_is_warm_after_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    assert timing.warm_up(device.work(1.0, 0.25, 0.5)) == 0.5
+    assert timing.warm_up(device.work(1.0, 0.25, 0.5), enough=0.75) == 1.0
 
 
 class FakeDevice:
@@ -215,12 +224,12 @@ def test_launches_are_measured_apart_on_a_gpu_only(kind: str, monkeypatch: pytes
     monkeypatch.setattr(timing, "capture", lambda target: device.work(*[0.5] * 99))
     benchmark: Any = FakeBenchmark()
     place: Any = SimpleNamespace(type=kind)
-    launches = timing.measure(benchmark, device.enqueue, place)
+    launches = timing.measure(benchmark, device.enqueue, place, 1.0)
     assert launches == ({"eager_seconds": 3.0, "graph_seconds": 0.5} if kind == "cuda" else {})
     if kind == "cuda":
         assert flush.repeats == 2  # the host takes 1 s to enqueue
         benchmark.enabled = False
-        assert timing.measure(benchmark, device.enqueue, place) == {}
+        assert timing.measure(benchmark, device.enqueue, place, 1.0) == {}
 
 
 def test_shape_names_are_unique() -> None:
@@ -271,7 +280,21 @@ def test_every_tier_has_every_shape_and_decisive_ones_come_first() -> None:
 
 
 def test_the_cpu_runs_every_family() -> None:
-    assert {shape.family for shape, _ in shapes.CPU} == {shape.family for shape, _ in shapes.GPU}
+    assert {shape.family for shape, _ in shapes.CPU} > {shape.family for shape, _ in shapes.GPU}
+
+
+def test_names_of_layers() -> None:
+    names = list(dict.fromkeys(shapes.layer(shape) for shape, _ in shapes.CPU))
+    assert names[:3] == ["64 → 64 at 64²", "128 → 128 at 32²", "256 → 256 at 16²"]
+    expected = {
+        "96 depthwise at 56²",
+        "64 → 128 at 56², stride 2",
+        "32 → 32 at 24³",
+        "128 → 128 at 4096",
+    }
+    assert expected < set(names)
+    odd = Shape("any", 1, 8, 8, (4, 5), (3, 3), dilation=2, groups=2)
+    assert shapes.layer(odd) == "8 → 8 at 4x5, 2 groups, dilation 2"
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -285,17 +308,117 @@ def test_cases_are_complete_and_compiled_ones_end_their_tier(on_gpu: bool) -> No
         first, last = tiers.index(tier), len(tiers) - tiers[::-1].index(tier)
         assert set(tiers[first:last]) == {tier}
         flags = [case[3].compiled for case in listed[first:last]]
-        assert flags == sorted(flags) and {True, False} == set(flags)
+        assert flags == sorted(flags) and on_gpu in flags
 
 
 def test_baselines_run_in_both_layouts_where_there_are_two() -> None:
     for dims, layouts in ((1, ["contiguous"]), (2, ["contiguous", "channels_last"])):
-        names = Counter(c.column for c in competitors.competitors(dims, on_gpu=True) if c.baseline)
-        assert names == {
-            "conv": len(layouts),
-            "hypernet+conv": len(layouts),
-            "hypernet+conv compiled": 1,
-        }
+        shape = Shape("any", 1, 8, 8, (9,) * dims, (3,) * dims)
+        both = {"conv": len(layouts), "hypernet+conv": len(layouts)}
+        gpu, cpu = (
+            Counter(c.column for c in competitors.competitors(shape, on_gpu) if c.baseline)
+            for on_gpu in (True, False)
+        )
+        assert gpu == {**both, "hypernet+conv compiled": 1}
+        assert cpu == both
+
+
+def _columns(kernel: int, on_gpu: bool) -> list[str]:
+    shape = Shape("any", 1, 8, 8, (32, 32), (kernel, kernel))
+    return [c.column for c in competitors.competitors(shape, on_gpu) if not c.baseline or c.fourier]
+
+
+def test_competitors_of_a_device() -> None:
+    assert _columns(7, on_gpu=True) == ["cuda", "triton", "composite"]
+    assert _columns(5, on_gpu=False) == ["cpu/basis", "cpu/fft", "auto"]
+    assert _columns(7, on_gpu=False) == ["cpu/basis", "cpu/fft", "auto", "composite"]
+    assert _columns(11, on_gpu=False) == ["fft conv", "cpu/basis", "cpu/fft", "auto"]
+
+
+def _conv(shape: Shape, phase: str, layout: str, seconds: float) -> Record:
+    return Record(shape, "fp32", phase, "conv", layout, baseline=True, seconds=seconds)
+
+
+def test_what_a_cpu_leaves_out() -> None:
+    dense = _competitor(None, "channels_last", "conv")
+    small, large = (Shape("any", 1, 8, 8, (32, 32), (k, k)) for k in (7, 15))
+    row = Row(large, "fp32", "step")
+    assert "minutes" in competitors.why_left_out(dense, row, [])
+    assert "minutes" in competitors.why_left_out(replace(dense, column="hypernet+conv"), row, [])
+    for other in (replace(row, phase="forward"), replace(row, shape=small)):
+        assert not competitors.why_left_out(dense, other, [])
+    assert not competitors.why_left_out(replace(dense, layout="contiguous"), row, [])
+    builds = _competitor("reference", "contiguous", "hypernet+conv")
+    row = Row(small, "fp32", "step")
+    assert not competitors.why_left_out(builds, row, [_conv(small, "forward", "channels_last", 1e-3)])
+    done = [_conv(small, "step", "contiguous", 2e-2), _conv(small, "step", "channels_last", 1e-2)]
+    assert "other layout" in competitors.why_left_out(builds, row, done)
+    assert not competitors.why_left_out(replace(builds, layout="channels_last"), row, done)
+    assert "builds W" in competitors.why_left_out(builds, row, [_conv(small, "step", "contiguous", 1.0)])
+
+
+_FOURIER = (
+    Shape("any", 2, 3, 4, (9,), (4,)),
+    Shape("any", 2, 3, 5, (9, 12), (11, 5)),
+    Shape("any", 2, 4, 6, (12, 9), (3, 4), stride=2, groups=2),
+    Shape("any", 1, 4, 4, (7, 6), (5, 5), groups=4),
+    Shape("any", 2, 2, 3, (5, 6, 7), (3, 5, 4)),
+)
+
+
+@pytest.mark.parametrize("shape", _FOURIER, ids=lambda shape: shape.name)
+def test_the_dense_convolution_by_fft_is_the_library_s(shape: Shape) -> None:
+    dense = competitors._DENSE[shape.dims](
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        shape.stride,
+        shape.padding,
+        1,
+        shape.groups,
+        dtype=torch.float64,
+    )
+    size = (shape.batch, shape.in_channels, *shape.size)
+    input = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    by_fft = fourier.FourierConv(dense)
+    expected, actual = dense(input), by_fft(input)
+    torch.testing.assert_close(actual, expected)
+    grad, leaves = torch.randn_like(expected), (input, *dense.parameters())
+    gradients = (torch.autograd.grad(output, leaves, grad) for output in (actual, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_spectrum_is_kept_until_the_weight_changes() -> None:
+    by_fft = fourier.FourierConv(torch.nn.Conv2d(2, 3, 5, padding=2))
+    input = torch.randn(1, 2, 8, 8)
+    with torch.no_grad():
+        first = by_fft(input)
+        kept = by_fft._kept[2]
+        assert torch.equal(by_fft(input), first) and by_fft._kept[2] is kept
+        by_fft.weight.mul_(2)
+        assert not torch.allclose(by_fft(input), first) and by_fft._kept[2] is not kept
+
+
+def test_circles_hold_the_image_and_one_side_s_padding() -> None:
+    assert fourier.circles((32, 16, 10), (31, 31, 4), (15, 15, 1)) == (48, 32, 12)
+
+
+@pytest.mark.parametrize("algorithm", ["basis", "fft"])
+def test_a_layer_with_a_named_algorithm(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    convolve: Any = competitors.functional.convolve
+
+    def watched(*args: Any) -> torch.Tensor:
+        asked.append(args[-2:])
+        return convolve(*args[:-2], "auto", "auto")
+
+    monkeypatch.setattr(competitors.functional, "convolve", watched)
+    named = replace(_competitor("cpu"), algorithm=algorithm)
+    case = subject(_SMALL, "fp32")
+    layer = case.layer(named)
+    assert not gate.failures(_SMALL, "fp32", layer, "contiguous", gradients=True, baseline=False)
+    assert asked == [("cpu", algorithm)]
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -332,8 +455,8 @@ def test_ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.to_json() == expected
 
 
-def _competitor(backend: str | None, layout: str = "contiguous") -> Competitor:
-    return Competitor("any", backend, layout, baseline=True)
+def _competitor(backend: str | None, layout: str = "contiguous", column: str = "any") -> Competitor:
+    return Competitor(column, backend, layout, baseline=True)
 
 
 @pytest.mark.parametrize("layout", competitors.LAYOUTS)
@@ -345,6 +468,22 @@ def test_gate_passes_the_library_and_catches_a_wrong_parameter(backend: str | No
     with torch.no_grad():
         next(layer.parameters()).mul_(1.01)
     assert any("output" in line for line in gate.failures(*arguments, gradients=False, baseline=True))
+
+
+def test_the_truth_by_fft_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    truths = []
+    for taps in (1, 1000):
+        gate._standard.cache_clear()
+        monkeypatch.setattr(gate, "_MANY_TAPS", taps)
+        truths.append(gate._standard(_SMALL, "fp32")[0])
+    gate._standard.cache_clear()
+    assert {"output", "grad of input", "grad of weight", "grad of coefficients"} < set(truths[0])
+    torch.testing.assert_close(*truths, rtol=1e-9, atol=1e-12)
+
+
+def test_a_truth_of_zero_is_compared_absolutely() -> None:
+    zero = {"grad": torch.zeros(4)}
+    assert gate.errors({"grad": torch.full((4,), 0.5)}, zero) == {"grad": (1.0, 0.5)}
 
 
 def test_gate_catches_nan() -> None:

@@ -40,6 +40,7 @@ def _records(shape: Shape = _A, phase: str = "forward", dtype: str = "bf16") -> 
             baseline,
             seconds,
             seconds and seconds / 10,
+            rounds=5 if seconds else 0,
             memory=2**20 if baseline else 2**19,
             eager_seconds=2e-3,
             graph_seconds=None if column == "slow" else 5e-4,
@@ -74,7 +75,9 @@ def _document(found: list[Record], device: str = "NVIDIA H200") -> dict[str, Any
     }
     document["benchmarks"].append({"extra_info": {"plans": {}}, "stats": {"median": 1.0}})  # cut
     ceilings = {"bytes_per_second": 4e12, "flops_per_second": {"bf16": 6e14}}
-    records.clean(document, [record for record in found if record.failure], ceilings)
+    failed, passed = ([r for r in found if bool(r.failure) == wrong] for wrong in (True, False))
+    omitted = [replace(record, column="slower", failure="too slow") for record in passed[:1]]
+    records.clean(document, failed, omitted, ceilings)
     return json.loads(json.dumps(document))
 
 
@@ -88,6 +91,9 @@ def test_the_json_gives_the_records_back_and_names_nobody() -> None:
     assert info["effective_tflops"] == pytest.approx(1.0)
     assert info["actual_tflops"] == pytest.approx(0.5)
     assert info["achieved"] == pytest.approx(0.5)
+    assert [record.column for record in records.left_out(document)] == ["slower"]
+    del document["left_out"]  # as before there was any
+    assert records.left_out(document) == []
 
 
 @pytest.mark.parametrize(
@@ -115,22 +121,23 @@ def test_the_better_layout_is_compared() -> None:
 def test_a_baseline_that_failed_in_one_layout_gives_no_ratio() -> None:
     found = _records()
     found[0] = replace(found[0], seconds=None, failure="out of memory")
-    line = tables.speed(found, absolute=True)[1]
+    line = tables.speed(found)[1]
     assert line[3] == "FAILED" and line[5] == "1000 - ±10%"
     assert not any("against conv," in text for text in tables.summary(found))
 
 
 def test_tables_show_losses_and_failures() -> None:
-    head, row = tables.speed(_records(), absolute=True)
+    head, row = tables.speed(_records())
     assert head[3:] == ["conv", "hypernet+conv", "triton", "slow", "wrong"]
     assert row[3:5] == ["2000 1.00x ±10% channels_last", "4000 0.50x ±10% contiguous"]
     assert row[5:] == ["1000 2.00x ±10%", "8000 0.25x ±10%", "FAILED"]
-    assert tables.speed(_records(), absolute=False)[1][5:7] == ["2.00x ±10%", "0.25x ±10%"]
-    assert tables.memory(_records(), absolute=True)[1][5] == "0.5 2.00x"
-    assert tables.memory(_records(), absolute=False)[1][5] == "2.00x"
+    once = [replace(record, rounds=1) for record in _records()]
+    assert tables.speed(once)[1][5] == "1000 2.00x once"
+    assert tables.memory(_records())[1][5] == "0.5 2.00x"
+    assert len(tables.memory([replace(r, memory=None) for r in _records() if not r.failure])) == 1
+    assert tables.rates(_records(), {"bf16": 1e12})[1][5] == "500.0 50%"
     assert tables.launches(_records())[1][5:7] == ["2000 / 500.0 / 1000", "2000 / - / 8000"]
-    assert tables.roofline(_records(), absolute=True)[1][5] == "50% 1.0 / 0.5"
-    assert tables.roofline(_records(), absolute=False)[1][5] == "50% 0.50"
+    assert tables.roofline(_records())[1][5] == "50% 1.0 / 0.5"
 
 
 def test_renderings() -> None:
@@ -142,6 +149,48 @@ def test_renderings() -> None:
         "| a | fp32 | forward | 1.00x |",
     ]
     assert tables.markdown(table) == expected
+
+
+def _timed(shape: Shape, phase: str, **seconds: float) -> list[Record]:
+    """Records of a CPU in fp32, by column."""
+    labels = {"conv": True, "fft_conv": True, "auto": False}
+    return [
+        Record(
+            shape,
+            "fp32",
+            phase,
+            name.replace("_", " "),
+            "contiguous",
+            labels[name],
+            value,
+            0.0,
+            5,
+            memory=1000,
+        )
+        for name, value in seconds.items()
+    ]
+
+
+def _cpu_records() -> list[Record]:
+    other = replace(shapes.CPU_STAGES[0], num_features=16)
+    found = []
+    for k in (3, 11):
+        shape = next(s for s in shapes.CPU_STAGES if (s.in_channels, *s.kernel_size) == (128, k, k))
+        fourier = {"fft_conv": 4e-3} if k == 11 else {}
+        found += _timed(shape, "forward", conv=2e-3 * k, auto=1e-3, **fourier)
+        found += _timed(shape, "step", conv=5e-3 * k, auto=4e-3, **fourier)
+    return [*found, *_timed(other, "forward", conv=1e-3, auto=2e-3)]
+
+
+def test_ratios_by_layer_and_kernel_size() -> None:
+    (_, first), (_, second) = tables.headline(_cpu_records())
+    assert first == [
+        ["layer", "k = 3", "k = 11"],
+        ["128 → 128 at 32²", "6.00x / 3.75x", "22.0x / 13.8x"],
+        ["64 → 64 at 64², N = 16", "0.50x / -", ""],
+    ]
+    assert second == [["layer", "k = 11"], ["128 → 128 at 32²", "4.00x / 1.00x"]]
+    assert tables.headline(_records()) == []
 
 
 def test_summary_counts_wins_and_names_the_worst() -> None:
@@ -228,6 +277,30 @@ def test_goals_against_the_hyper_network_and_for_memory() -> None:
     assert memory.status == "missed" and "0.50x, 0.50 short" in memory.misses()[1]
 
 
+def test_goals_of_a_cpu() -> None:
+    found = _cpu_records()
+    verdicts = goals.on_cpu(found, "fp32", "forward", 128)
+    assert [v.brief for v in verdicts] == [
+        "met: 6.00x",
+        *["not measured"] * 2,
+        "met: 22.00x",
+        "not measured",
+    ]
+    step = goals.on_cpu(found, "fp32", "step", 128)[3]
+    assert step.brief == "missed: 13.75x" and step.rows == 1 and "0.25 short" in step.misses()[1]
+    assert {
+        v.rows
+        for key in goals.CPU_TARGETS
+        for c in goals.CPU_TARGETS[key]
+        for v in goals.on_cpu([], *key, c)
+    } == {1}
+    others = {verdict.name: verdict for verdict in goals.elsewhere_on_cpu(found)}
+    assert all(verdict.rows for verdict in others.values())
+    assert others["every row but 1x1"].text == "missed: 5.09x, worst 0.50x (5 of 88 rows)"
+    assert others["against an FFT convolution, k >= 11"].status == "met"
+    assert others["peak memory of a training step"].brief == "met: 1.00x"
+
+
 def test_report_of_a_gpu() -> None:
     text = report.report(_document([*_records(), *_records(phase="step")]))
     assert text.startswith("# Benchmarks on NVIDIA H200\n")
@@ -237,14 +310,32 @@ def test_report_of_a_gpu() -> None:
     assert "roofline.svg" in text
 
 
-def test_report_of_a_cpu_holds_ratios_only() -> None:
-    text = report.report(_document(_records(), device="cpu"))
-    assert "No GPU has measured anything" in text.split("\n\n")[1]
-    for absolute in ("2000", "1000", "8000", "MiB", "TFLOP", " us", "roofline.svg"):
-        assert absolute not in text
-    assert "| 2.00x ±10% | 0.25x ±10% | FAILED |" in text
-    assert "met:" not in text and "missed" not in text.lower()
-    assert text.count("not measured") == 2 * 2 * len(goals.CLASSES) + 2 * 3
+def _cpu_document() -> dict[str, Any]:
+    document = _document(_cpu_records(), device="cpu")
+    document["machine_info"] |= {"threads": "2", "instructions": "avx512"}
+    document["ceilings"]["flops_per_second"] = {"fp32": 2e11}
+    return document
+
+
+def test_report_of_a_cpu() -> None:
+    text = report.report(_cpu_document())
+    assert text.startswith("# Benchmarks on a CPU\n")
+    assert "the product of large matrices at 200 GFLOP/s in fp32" in text
+    assert "| 128 → 128 at 32² | 6.00x / 3.75x | 22.0x / 13.8x |" in text
+    assert "met: 22.00x (>= 18)" in text and "k = 11, >= 14" in text
+    assert "- slower/contiguous, 1 rows: too slow" in text
+    assert "cuda" not in text
+
+
+def test_the_head_of_a_cpu_s_report_goes_between_the_marks() -> None:
+    begin, end = report._MARKS
+    document = _cpu_document()
+    text = report.with_headline(f"before\n{begin}\nold\n{end}\nafter\n", document)
+    assert text.startswith(f"before\n{begin}\n![") and text.endswith(f"\n{end}\nafter\n")
+    assert "(benchmarks/results/cpu/time.svg)" in text and "old" not in text
+    assert report.with_headline(text, document) == text
+    with pytest.raises(ValueError, match="put them back"):
+        report.with_headline("no marks", document)
 
 
 def test_report_of_a_run_in_which_everything_failed(tmp_path: Path) -> None:
@@ -271,7 +362,7 @@ def test_plots_are_a_function_of_the_numbers(tmp_path: Path) -> None:
     faster = [replace(r, seconds=r.seconds and r.seconds / 2) if not r.baseline else r for r in found]
     source.write_text(json.dumps(_document(faster)))
     report.write(source, tmp_path / "three")
-    for name in ("kernel", "channels", "features", "roofline"):
+    for name in ("time", "kernel", "channels", "features", "roofline"):
         assert (tmp_path / "three" / f"{name}.svg").read_text() != (
             tmp_path / "one" / f"{name}.svg"
         ).read_text()
@@ -305,3 +396,9 @@ def test_committed_reports_are_those_of_their_results(path: Path) -> None:
     document = json.loads(path.read_text())
     assert path.with_name("report.md").read_text() == report.report(document)
     assert path.parent.name == report.slug(document)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    document = json.loads((Path(__file__).parent / "results/cpu/results.json").read_text())
+    text = (_ROOT / "README.md").read_text()
+    assert report.with_headline(text, document) == text
