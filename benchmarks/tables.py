@@ -24,8 +24,8 @@ from .shapes import layer
 Table = list[list[str]]
 _LABELS = ("shape", "dtype", "pass")
 SPEED = (
-    "Time in us. How many times faster than nn.Conv; ± the interquartile range of the time in percent of "
-    "it, or `once`, as often as it was measured."
+    "Time in us. How many times faster than nn.Conv; ± the interquartile range of the time in percent "
+    "of it, or `once`, as often as it was measured."
 )
 MEMORY = "Peak memory above inputs and parameters in MiB, and how many times less than nn.Conv."
 LAUNCHES = (
