@@ -118,8 +118,8 @@ def _cpu_goals(records: Sequence[Record]) -> list[str]:
     lines = [
         "## Goals",
         "",
-        "Speed-ups of `auto` over nn.Conv in its better layout, 64, 128 and 256 channels at 64², 32² and",
-        "16², N = 4, two threads.",
+        "Speed-ups of `auto` over nn.Conv in its better layout, 64, 128 and 256 channels at 64², 32²",
+        "and 16², N = 4, two threads.",
     ]
     misses: list[str] = []
     for (dtype, phase), targets in goals.CPU_TARGETS.items():

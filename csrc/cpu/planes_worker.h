@@ -34,12 +34,13 @@ class Convolver<T>::PlanesWorker : public Convolver<T>::Place {
     const int64_t z = positions * c_.source_channels * c_.rank;
     const int64_t output = wanted_ & kOutput ? positions * c_.target_channels : 0;
     const int64_t target = wanted_ & (kCoefficients | kBasis) ? positions * c_.target_channels : 0;
-    room_.take(patch + z + output + target);
+    room_.take(patch + z + output + target, 4);
     this->take_indices(lengths);
-    patch_ = room_.get();
-    z_ = patch_ + patch;
-    output_ = z_ + z;
-    target_ = output_ + output;
+    if (failed()) return;
+    patch_ = room_.part(patch);
+    z_ = room_.part(z);
+    output_ = room_.part(output);
+    target_ = room_.part(target);
   }
   bool failed() const { return room_.failed() || this->indices_.failed(); }
 

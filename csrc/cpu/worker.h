@@ -117,23 +117,16 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
     const int64_t product = o_.by_fft_ && (wanted_ & kBasis) ? lanes * Transforms<T>::longest(c_.circle) : 0;
     const int64_t output = wanted_ & kOutput ? positions * width : 0;
     const int64_t target = wanted_ & (kCoefficients | kBasis) ? positions * width : 0;
-    const int64_t size = patch * lanes + line + z + fft + product + output + target;
-    room_.take(size);
+    room_.take(patch * lanes + line + z + fft + product + output + target, 7);
     this->take_indices(lengths);
     if (failed()) return;
-    T* next = room_.get();
-    auto take = [&next](int64_t count) {
-      T* piece = next;
-      next += count;
-      return piece;
-    };
-    patch_ = take(patch * lanes);
-    line_ = take(line);
-    z_ = take(z);
-    fft_ = take(fft);
-    product_ = take(product);
-    output_ = take(output);
-    target_ = take(target);
+    patch_ = room_.part(patch * lanes);
+    line_ = room_.part(line);
+    z_ = room_.part(z);
+    fft_ = room_.part(fft);
+    product_ = room_.part(product);
+    output_ = room_.part(output);
+    target_ = room_.part(target);
   }
   bool failed() const { return room_.failed() || this->indices_.failed(); }
 
