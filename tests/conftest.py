@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
         os.environ["HYPERCONV_CUDA_LIBRARY"] = str(host_build.build())
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+# Workers beside each other would fight for the cores that their threads wait on.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 import pytest
 
 from hyperconv_ext import backends, planner

@@ -332,6 +332,6 @@ def test_composite_where_nothing_fused_is_cheaper_or_runs(changes: dict) -> None
 
 def test_no_estimate_off_the_gpu() -> None:
     """More than any estimate, and less than what is only emulated."""
-    for kind in ("cpu", "mps"):
-        plan = planner.plan(problem(device=Device(kind)))
+    for kind, name in (("cpu", "composite"), ("mps", "auto")):
+        plan = planner.plan(problem(device=Device(kind)), name)
         assert plan.backend == "composite" and plan.seconds == composite.LAST_RESORT < inf

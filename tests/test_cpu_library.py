@@ -66,9 +66,8 @@ def test_constants_are_those_of_the_header() -> None:
     dtypes = {"float32": "kFloat", "float64": "kDouble", "bfloat16": "kBfloat16", "float16": "kHalf"}
     assert [(dtypes[name], value) for name, value in library.DTYPES.items()] == _enumerated("Dtype")
     algorithms = {"basis": "kTaps", "fft": "kFft"}
-    assert [(algorithms[name], value) for name, value in library.ALGORITHMS.items()] == _enumerated(
-        "Algorithm"
-    )
+    named = [(algorithms[name], value) for name, value in library.ALGORITHMS.items()]
+    assert [*named, ("kPlanes", library.PLANES)] == _enumerated("Algorithm")
     wanted = [
         ("kOutput", library.OUTPUT),
         ("kCoefficients", library.COEFFICIENTS),

@@ -1,4 +1,4 @@
-"""The CPU engine under the sanitizers, and faults put in on purpose that they must find."""
+"""The CPU engine under the sanitizers."""
 
 from __future__ import annotations
 

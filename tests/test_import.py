@@ -188,6 +188,6 @@ def test_explain_off_the_gpu(not_built) -> None:
     assert "reference: builds the weight, cheaper" in explain(small, torch.randn(1, 3, 8, 8))
     large = HyperConv2d(64, 64, 31, padding=15)
     text = explain(large, torch.randn(1, 64, 32, 32, dtype=torch.float32))
-    assert "basis_conv_fwd: composite/composite" in text
-    assert "PyTorch (there is no fused kernel for cpu)" in text
+    assert re.search("basis_conv_fwd: (cpu/fft|composite/composite)", text)
+    assert re.search("hyper-network: (one call of cpu|PyTorch .cpu: )", text)
     assert text.count("not cuda/basis: the CUDA extension is not built") == 4
