@@ -1,4 +1,4 @@
-"""The CPU engine under the sanitizers."""
+"""The CPU engine under the sanitizers, with faults that they must find; and with other instructions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _build(folder: Path, capability: str, optimization: str, sources: Path = SOU
     def compiled(item: tuple[Path, list[str]]) -> str:
         source, flags = item
         made = str(folder / f"{source.stem}.o")
-        subprocess.run([*common, *flags, str(source), "-o", made], check=True)
+        subprocess.run([*common, *flags, str(source), "-o", made], capture_output=True, check=True)
         return made
 
     with ThreadPoolExecutor(host_build.JOBS) as pool:
@@ -65,6 +65,8 @@ def _run(path: Path, capability: str, *arguments: str) -> subprocess.CompletedPr
     """Python with that engine."""
     variables = {"HYPERCONV_CPU_LIBRARY": str(path), "HYPERCONV_CPU_CAPABILITY": capability}
     environment = os.environ | host_build.preload("sanitized") | variables
+    # Memory that was never written is NaN.
+    environment["ASAN_OPTIONS"] += ":max_malloc_fill_size=1073741824:malloc_fill_byte=255"
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -92,3 +94,75 @@ def test_operators_under_the_sanitizers(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None and int(passed[1]) > 300, result.stdout[-3000:]
+
+
+# (file, a check, what takes its place): beyond an input, an output, a tile; in what was never written.
+FAULTS = (
+    (
+        "access.h",
+        "store(to + c, read_part<D>(x + c, channels - c));",
+        "store(to + c, Stored<D>::read(x + c));",
+    ),
+    ("access.h", "write_part<D>(y, v[l], positions);", "Stored<D>::write(y, v[l]);"),
+    ("convolve.h", "q >= 0 && q < a.in_size", "q >= 0"),
+    ("fft.h", "n >= first && n < last ?", "n >= first ?"),
+    ("taps.h", "if (i >= kept) break;", ""),
+    ("worker.h", "std::memset(output_, 0, positions_ * width * sizeof(T));", ""),
+)
+CASE = """
+import torch
+from tests.oracle import CASES, draw, evaluate, relative_error
+
+torch.manual_seed(0)
+errors = []
+for case in CASES:
+    if case.name in ("7x7", "stride and dilation", "aligned groups", "aligned, large"):
+        tensors = draw(case, torch.float32, torch.device("cpu"))
+        truth = evaluate(case, [t.double() for t in tensors], None, "contiguous", backend="reference")
+        for layout in ("contiguous", "channels_last"):
+            for algorithm in ("basis", "fft") if case.stride == 1 else ("basis",):
+                choice = {"backend": "cpu", "algorithm": algorithm}
+                actual = evaluate(case, tensors, None, layout, **choice)
+                errors += [relative_error(a, t) for a, t in zip(actual, truth)]
+raise SystemExit(0 if all(error < 1e-5 for error in errors) else f"errors {errors}")
+"""
+
+
+def test_the_case_without_a_fault(tmp_path: Path) -> None:
+    result = _run(_build(tmp_path / "engine", "baseline", "-O0"), "baseline", "-c", CASE)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("file", "check", "instead"), FAULTS, ids=[f"{f}: {c}" for f, c, _ in FAULTS])
+def test_a_missing_check_is_found(file: str, check: str, instead: str, tmp_path: Path) -> None:
+    sources = tmp_path / "cpu"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(check) == 1, f"{file} no longer has exactly one {check!r}"
+    (sources / file).write_text(text.replace(check, instead))
+    result = _run(_build(tmp_path / "engine", "baseline", "-O0", sources), "baseline", "-c", CASE)
+    assert result.returncode != 0
+    assert "AddressSanitizer: " in result.stderr or "errors [" in result.stderr, result.stderr
+
+
+@pytest.mark.skipif("HYPERCONV_CPU_CAPABILITY" in os.environ, reason="one level was asked for")
+@pytest.mark.parametrize("capability", library.CAPABILITIES)
+def test_with_other_instructions(capability: str) -> None:
+    """Every test of the engine's convolutions again, at each level but the one they have had."""
+    if capability == library.capability():
+        pytest.skip(f"{capability} is the level of the other tests")
+    environment = os.environ | {"HYPERCONV_CPU_CAPABILITY": capability}
+    python = [
+        sys.executable,
+        "-c",
+        "from hyperconv_ext.backends.cpu import library as l; print(l.reason())",
+    ]
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    if reason := subprocess.run(python, check=False, **run).stdout.strip():
+        pytest.skip(reason)
+    names = ("operators", "opinfo", "cpu_engine", "cpu_numbers")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu"]
+    result = subprocess.run([*command, *(f"tests/test_{name}.py" for name in names)], check=False, **run)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) > 500, result.stdout[-500:]
