@@ -34,7 +34,7 @@ _COMPOSITE_TAPS = 49
 # From this size on oneDNN takes up to minutes for the gradient of a channels-last layer's weight.
 _ENDLESS = 15
 # Seconds of a call of nn.ConvNd from which on what builds W before that is left out.
-_SLOW = 0.3
+_SLOW = 0.1
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _standard(shape: Shape, dtype: str) -> tuple[dict[str, Tensor], Errors]:
         return _LIBRARY[shape.dims](x, weight, bias, *rest)
 
     def by_fft(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return fourier.convolve_dense(x, weight, bias, shape.stride, shape.padding, shape.groups)
+        return fourier.convolve(x, weight, bias, shape.stride, shape.padding, shape.groups)
 
     many = case.device.type == "cpu" and shape.taps >= _MANY_TAPS and shape.dilation == 1
     doubles = input.double(), grad.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,11 @@ def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
 
 # Colour and line of what the figure of times is about; other columns are thin and dashed.
 _LINES: dict[str, dict[str, Any]] = {
-    CONV: {"color": "black", "linewidth": 2.5, "label": "nn.Conv"},
-    FOURIER: {"color": "C7", "linewidth": 1.5, "label": "FFT convolution, dense weight"},
-    AUTO: {"color": "C3", "linewidth": 3, "label": "HyperConv, auto"},
+    CONV: {"color": "black", "linewidth": 2.5, "linestyle": "-", "label": "nn.Conv"},
+    FOURIER: {"color": "C7", "linestyle": "-", "label": "FFT convolution, dense weight"},
+    AUTO: {"color": "C3", "linewidth": 2.5, "linestyle": "-", "label": "HyperConv, auto"},
 }
+_OTHER_COLORS = ("C0", "C2", "C4", "C5")
 
 
 def _times(records: Sequence[Record]) -> Figure:
@@ -139,15 +141,21 @@ def _times(records: Sequence[Record]) -> Figure:
         return figure
     shown = names[len(names) // 2]
     baselines = [name for name in columns(records, baseline=True) if not name.startswith(HYPERNET)]
+    drawn = (*baselines, *columns(records, baseline=False))
+    others = dict(
+        zip((name for name in drawn if name not in _LINES), cycle(_OTHER_COLORS), strict=False)
+    )
     for axes, phase in zip(panels, PHASES, strict=True):
-        for index, name in enumerate((*baselines, *columns(records, baseline=False))):
+        for name in drawn:
             points = {
                 max(row.shape.kernel_size): 1e3 * cells[name].seconds  # type: ignore[operator]
                 for row, cells in rows.items()
                 if row.phase == phase and layer(row.shape) == shown and name in cells
                 if cells[name].seconds
             }
-            style: Any = {"color": f"C{index}", "linewidth": 1, "linestyle": "--", "label": name}
+            if len(points) < 2 < most:  # no line
+                continue
+            style: Any = {"color": others.get(name), "linewidth": 1, "linestyle": "--", "label": name}
             ordered = sorted(points.items())
             axes.plot(
                 *zip(*ordered, strict=True) if ordered else ([], []),

@@ -71,7 +71,7 @@ class Effort:
         return max(1, int(min(wanted, self.patience / seconds)))
 
 
-EFFORT = {"cuda": Effort(0.05, 5, 25), "cpu": Effort(0.1, 3, 40, patience=2.0)}
+EFFORT = {"cuda": Effort(0.05, 5, 25), "cpu": Effort(0.08, 3, 40, patience=1.0)}
 _WARMUP = 3
 # Seconds of a call on a CPU that need no further one to be warm.
 LONG = 0.2

@@ -19,6 +19,7 @@ from hyperconv_ext.backends import cpu
 from hyperconv_ext.backends.cpu import library, tiles
 from hyperconv_ext.backends.lattice import lattice
 from hyperconv_ext.geometry import Geometry
+from hyperconv_ext.planner import PlanError
 
 from .engine import ALGORITHMS, Layer, layer, threads
 from .oracle import CASES, relative_error
@@ -443,3 +444,20 @@ def test_circles_hold_what_a_tile_reads(padding: int | str) -> None:
                     assert points >= max(whole, _needed_points(axis, size_of)), (geometry, transposed)
                     checked += 1
     assert checked > 50
+
+
+def test_long_sequences_and_kernels_beyond_a_circle() -> None:
+    """Circles end at 4096 points: longer inputs go in tiles, longer kernels by taps."""
+    assert tiles.circle_sizes(4096) == (4096,) and tiles.circle_sizes(4097) == ()
+    input, coefficients = torch.randn(1, 3, 9000), torch.randn(4, 3, 2)
+    for taps, algorithm in ((31, "fft"), (4001, "basis")):
+        basis = torch.randn(2, taps) / taps
+        choice = {"padding": taps // 2, "backend": "cpu"}
+        output = functional.basis_conv1d(input, coefficients, basis, algorithm=algorithm, **choice)
+        wide = (tensor.double() for tensor in (input, coefficients, basis))
+        truth = functional.basis_conv1d(*wide, padding=taps // 2, backend="reference")
+        assert (output - truth).norm() < 1e-5 * truth.norm()
+    with pytest.raises(PlanError, match="up to 4096 points, too few for this kernel"):
+        functional.basis_conv1d(
+            input, coefficients, torch.randn(2, 4999), algorithm="fft", backend="cpu"
+        )

@@ -29,7 +29,7 @@ def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
     """Whether this backend takes `problem`, and why not."""
     reason = _device_reason(problem.device, problem.dtype)
     if not reason and tiles.choose(problem, algorithm) is None:
-        reason = "outputs that read inputs a stride apart would waste a transform; use algorithm='basis'"
+        reason = tiles.why_no_transform(problem)
     return not reason, reason
 
 

@@ -8,6 +8,7 @@ against), which reads a patch of a *source* for each tile and block of source ch
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +29,7 @@ _BITS = {
     "basis_conv_bwd_basis": BASIS,
 }
 _RADICES = (8, 6, 5, 4, 3)
+_STAGES = 4
 _VECTOR_BYTES = {"avx512": 64, "avx2": 32, "baseline": 16}
 _REGISTERS = {"avx512": 32, "avx2": 16, "baseline": 16}
 _L2 = 1 << 20  # bytes that a thread can count on
@@ -92,7 +94,7 @@ def radices(points: int) -> tuple[int, ...] | None:
     for radix in _RADICES:
         if points % radix == 0:
             rest = radices(points // radix)
-            if rest is not None and len(rest) < 4 and (best is None or len(rest) + 1 < len(best)):
+            if rest is not None and len(rest) < _STAGES and (best is None or len(rest) + 1 < len(best)):
                 best = (*rest, radix)
     return best
 
@@ -113,15 +115,22 @@ def roots(points: int) -> tuple[float, ...]:
 
 
 @lru_cache
+def _all_sizes() -> tuple[int, ...]:
+    """Of circles, products of one to four radices, in order."""
+    products = {1}
+    sizes: set[int] = set()
+    for _ in range(_STAGES):
+        products = {points * radix for points in products for radix in _RADICES}
+        sizes |= products
+    return tuple(sorted(sizes))
+
+
+@lru_cache
 def circle_sizes(least: int) -> tuple[int, ...]:
-    """The few smallest sizes with radices from `least` points on."""
-    sizes: list[int] = []
-    points = least
-    while len(sizes) < 3:
-        if radices(points) is not None:
-            sizes.append(points)
-        points += 1
-    return tuple(sizes)
+    """The three smallest sizes of circles from `least` points on: fewer or none beyond 4096."""
+    sizes = _all_sizes()
+    first = bisect_left(sizes, least)
+    return sizes[first : first + 3]
 
 
 def map_of(problem: Problem, tile: Tile) -> Lattice:
@@ -330,6 +339,19 @@ def choose(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
     if output is None or sums is None or output[1] + sums[1] >= best[1]:
         return best
     return replace(output[0], rest=sums[0]), output[1] + sums[1]
+
+
+def why_no_transform(problem: Problem) -> str:
+    """The reason for which `choose` finds no circles."""
+    strided = any(
+        axis.jump > 1
+        for transposed in directions(problem)
+        for axis in lattice(problem.geometry, problem.batch, transposed, (1, 1, 1), gaps=False).axes
+    )
+    if strided:
+        return "outputs that read inputs a stride apart would waste a transform; use algorithm='basis'"
+    longest = _all_sizes()[-1]
+    return f"its transforms have up to {longest} points, too few for this kernel; use algorithm='basis'"
 
 
 def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
