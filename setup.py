@@ -37,7 +37,7 @@ Commands = dict[tuple[str, str], list[str]]  # by (source, object)
 
 # A NaN must propagate: no -ffast-math.
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-CPU_FLAGS += ["-fno-math-errno", "-ffp-contract=fast"]
+CPU_FLAGS += ["-fno-math-errno", "-ffp-contract=fast", "-fno-exceptions"]
 # The instructions that csrc/cpu/level.cpp is compiled for, those on x86-64 where that is the machine.
 LEVELS = {"kBaseline": []}
 X86_LEVELS = {

@@ -99,13 +99,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many tiny convolutions: with threads beside other test workers, ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """With one, PyTorch takes other libraries for its convolutions."""
+    yield from _threads(2)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def _variants(shape: tuple[int, ...], device) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
 def test_output_has_the_strides_of_convnd(
-    name: str, converted: bool, sizes, backend: str, device
+    name: str, converted: bool, sizes, backend: str, device, two_threads
 ) -> None:
     """Over batches, images and channels of one element."""
     in_channels, out_channels, groups, kernel_size = sizes

@@ -99,7 +99,7 @@ def test_estimate_grows_with_the_work() -> None:
 def test_what_triton_refuses(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refused = problem(**changes)
-    assert planner.plan(refused).backend == "composite"
+    assert planner.plan(refused).backend in ("composite", "cpu")
     with pytest.raises(PlanError, match=reason):
         planner.plan(refused, "triton")
 
