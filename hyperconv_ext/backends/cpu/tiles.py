@@ -32,12 +32,10 @@ _RADICES = (8, 6, 5, 4, 3)
 _STAGES = 4
 _VECTOR_BYTES = {"avx512": 64, "avx2": 32, "baseline": 16}
 _REGISTERS = {"avx512": 32, "avx2": 16, "baseline": 16}
-_L2 = 1 << 20  # bytes that a thread can count on
+_MIB = 1 << 20
 
-# Of the peak of fused multiply-adds, what the loops reach (Zen 4, AVX-512): products, taps, transforms.
-_PRODUCT, _TAPS, _TRANSFORM = 0.9, 0.8, 0.42
-_CLOCK = 3.3e9
-_CALL = 10e-6  # seconds before and after the loops
+# Arithmetic instructions a point of the transforms of one stage.
+_BUTTERFLY = {3: 4.7, 4: 4.0, 5: 7.2, 6: 8.0, 8: 7.0}
 _SLICES, _PARTS = 4, 8
 _PLANES = 96  # rows of z in planes, which are to stay in a cache
 _SLICE_BYTES = 1 << 22  # of sums, from which on there are two slices
@@ -162,14 +160,6 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class _Shape(NamedTuple):
-    """What a tile's estimate needs: vectors of 2 lanes a flop are counted, a thread's bytes too."""
-
-    tiles: int
-    positions: int
-    bytes: int
-
-
 def _counts(axes: tuple[Axis, Axis, Axis]) -> Triple:
     """Positions of the largest phase along each axis."""
     depth, height, width = (-(-axis.out_size // axis.phases) for axis in axes)
@@ -210,29 +200,29 @@ def _circle(axis: Axis, tile: int) -> int:
     return points
 
 
+def _fft_sizes(axis: Axis, count: int, pieces: int) -> list[tuple[int, int]]:
+    """(positions, circle) of one axis: all of it, or evenly in up to so many pieces."""
+    if axis.taps == 1 and axis.in_size == 1 and count == 1:
+        return [(1, 1)]
+    sizes = [(count, size) for size in circle_sizes(max(_circle(axis, count), 3))[:2]]
+    for tile in sorted({-(-count // parts) for parts in range(2, pieces + 1)}):
+        if 2 <= tile < count and 2 * tile >= axis.taps:
+            sizes += [(tile, size) for size in circle_sizes(max(tile - 1 + axis.taps, 3))[:2]]
+    return sizes
+
+
 def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]]:
-    """(positions, circles) of tiles: all of an axis, or what a circle leaves of a kernel."""
-    choices: list[list[tuple[int, int]]] = []
-    for axis, count in zip(axes, _counts(axes), strict=True):
-        sizes: list[tuple[int, int]] = []
-        if axis.taps == 1 and axis.in_size == 1 and count == 1:
-            sizes.append((1, 1))
-        else:
-            sizes += [(count, size) for size in circle_sizes(max(_circle(axis, count), 3))[:1]]
-            for factor in (1, 1.5, 2, 3, 4):
-                tile = int(axis.taps * factor)
-                if 2 <= tile < count:
-                    tile = -(-count // -(-count // tile))  # evenly
-                    sizes += [(tile, size) for size in circle_sizes(max(tile - 1 + axis.taps, 3))[:1]]
-        choices.append(sorted(set(sizes)))
-    for depth in choices[0]:
-        for height in choices[1]:
-            for width in choices[2]:
-                pairs = (depth, height, width)
-                yield (
-                    (pairs[0][0], pairs[1][0], pairs[2][0]),
-                    (pairs[0][1], pairs[1][1], pairs[2][1]),
-                )
+    """(positions, circles) of tiles."""
+    held = _counts(axes)
+    dims = sum(axis.in_size > 1 or count > 1 for axis, count in zip(axes, held, strict=True))
+    choices = [
+        _fft_sizes(axis, count, {1: 64, 2: 8}.get(dims, 4))
+        for axis, count in zip(axes, held, strict=True)
+    ]
+    for depth, circle_d in choices[0]:
+        for height, circle_h in choices[1]:
+            for width, circle_w in choices[2]:
+                yield (depth, height, width), (circle_d, circle_h, circle_w)
 
 
 def _plane_shapes(counts: Triple, lanes: int) -> Iterator[Triple]:
@@ -244,63 +234,161 @@ def _plane_shapes(counts: Triple, lanes: int) -> Iterator[Triple]:
                     yield depth, height, width
 
 
-def _product_work(size: Channels, rank: int, lanes: int, count: int) -> float:
-    """Vector multiply-adds of `count` products per position and block of `lanes` source channels."""
-    if size.lanewise:
-        return count * rank * 3
-    vector = lanes
-    return count * rank * lanes * -(-size.target // vector)
+class Counts(NamedTuple):
+    """What a tile's estimate is made of, each with its price: mostly instructions on whole vectors.
+
+    `multiplied`: multiply-adds of products with A. `tapped`: those of sums over taps. `read`, `written`:
+    vectors of patches and of results; `rows` of patches. `passes`, `turned`: loads and stores, and
+    arithmetic, of transforms. `spilled`: passes beyond what the caches hold. `packed`: of A. `summed`:
+    of lanes. `gathered`: numbers of planes.
+    """
+
+    multiplied: float = 0.0
+    tapped: float = 0.0
+    read: float = 0.0
+    rows: float = 0.0
+    written: float = 0.0
+    passes: float = 0.0
+    turned: float = 0.0
+    spilled: float = 0.0
+    packed: float = 0.0
+    summed: float = 0.0
+    gathered: float = 0.0
 
 
-def _seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated, on one machine's threads."""
+# Seconds on two threads of a Zen 4 with AVX-512: with these the estimates of the tiles that were measured
+# (benchmarks/results/cpu/tiles.json) deviate least.
+_PRICES = Counts(
+    multiplied=1.69e-10,
+    tapped=1.63e-10,
+    read=7e-11,
+    rows=8.1e-9,
+    written=4.95e-9,
+    passes=5.76e-10,
+    turned=1.56e-10,
+    spilled=3.35e-10,
+    packed=2.1e-8,
+    summed=2.41e-9,
+    gathered=2.3e-10,
+)
+_CALL = 10e-6  # seconds before and after the loops
+
+
+def _spill(size: float) -> float:
+    """How much a pass over `size` bytes waits for them: from the second cache on, then for memory."""
+    mib = size / _MIB
+    return min(max((mib - 0.3) / 0.2, 0), 1) + 1.2 * max(mib - 3, 0)
+
+
+def _arithmetic(points: int) -> tuple[int, float]:
+    """(stages, instructions a point) of a transform: butterflies, and turns between the stages."""
+    factors = radices(points) or ()
+    turns = sum(4 * (radix - 1) / radix for radix in factors[:-1])
+    return len(factors), turns + sum(_BUTTERFLY[radix] for radix in factors)
+
+
+def _lines(held: Triple, circles: Triple) -> list[tuple[int, int]]:
+    """(points of an axis' circle, such lines transformed) where only `held` positions are not zero."""
+    depth, height, width = circles
+    return [(width, held[0] * held[1]), (height, held[0] * width), (depth, width * height)]
+
+
+def _transformed(held: Triple, circles: Triple, times: float) -> tuple[float, float]:
+    """(passes, arithmetic) of `times` transforms to or from `held` positions."""
+    passes = turned = 0.0
+    for points, lines in _lines(held, circles):
+        stages, arithmetic = _arithmetic(points)
+        passes += times * lines * points * stages
+        turned += times * lines * points * arithmetic
+    return passes, turned
+
+
+def counts(problem: Problem, tile: Tile) -> Counts:
+    """Of a problem by one tile, not by that of its `rest`."""
     wanted = wanted_of(problem)
     lanes, _ = _lanes(problem)
     size = channels(problem, tile.transposed)
     axes = map_of(problem, tile).axes
-    rank, by_fft = problem.rank, tile.circles is not None
-    block = 2 * lanes if by_fft else lanes
-    groups = problem.geometry.groups
-    blocks = -(-groups // block) if size.lanewise else groups * -(-size.source // block)
-    counts = _counts(axes)
+    rank, groups, ops = problem.rank, problem.geometry.groups, len(problem.ops)
+    block = 2 * lanes if tile.circles else lanes
+    columns = block // lanes if size.lanewise else -(-size.target // lanes)
+    if size.lanewise:
+        blocks = -(-groups // block)
+    elif tile.planes:
+        blocks = groups
+    else:
+        blocks = groups * -(-size.source // block)
+    targets = blocks if size.lanewise else groups
+    held = _counts(axes)
     phases = prod(axis.phases for axis in axes)
     tiles = problem.batch * phases * prod(axis.tiles for axis in axes)
-    positions = problem.batch * phases * prod(counts)
-    sums = bool(wanted & (OUTPUT | COEFFICIENTS)) + bool(wanted & BASIS)
-    products = _product_work(size, rank, lanes, len(problem.ops)) * (block // lanes)
-    clocks = positions * blocks * products / _PRODUCT
+    positions = problem.batch * phases * prod(held)
+    formed = bool(wanted & (OUTPUT | COEFFICIENTS))
+    sums = formed + bool(wanted & BASIS)
+    taps = prod(axis.taps for axis in axes)
+    moved = positions * targets * columns * (2 * bool(wanted & OUTPUT) + bool(wanted & ~OUTPUT))
+    packed = (
+        rank
+        * blocks
+        * block
+        * columns
+        * (bool(wanted & OUTPUT) + bool(wanted & BASIS) + tile.slices * bool(wanted & COEFFICIENTS))
+    )
     if tile.planes:
-        rounded = _up(counts[2], lanes) / counts[2] if counts[2] < tile.shape[2] else 1.0
-        vectors = positions * groups * rounded / lanes
-        taps = prod(axis.taps for axis in axes)
-        clocks = vectors * size.source * rank * taps * sums / _TAPS
-        clocks += vectors * size.source * rank * size.target * len(problem.ops) / _PRODUCT
+        wide = _up(min(held[2], tile.shape[2]), lanes) / min(held[2], tile.shape[2]) / lanes
+        vectors = positions * groups * wide
         lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
-        reads = lengths[0] * lengths[1] * _up(lengths[2], lanes)
-        clocks += 1.5 * tiles * groups * size.source * reads
-        clocks += positions * groups * size.target * (1 + (len(problem.ops) > 1))
-        return clocks / (2 * _CLOCK) + _CALL
+        return Counts(
+            multiplied=vectors * size.source * rank * size.target * ops,
+            tapped=vectors * size.source * rank * taps * sums,
+            gathered=tiles * groups * size.source * lengths[0] * lengths[1] * _up(lengths[2], lanes)
+            + positions * groups * size.target * (1 + (ops > 1)),
+        )
+    products = rank * (3 * columns if size.lanewise else block * columns)
+    multiplied = float(positions * blocks * products * ops)
     if tile.circles is None:
-        taps = prod(axis.taps for axis in axes)
-        rounded = _up(tile.shape[2], 4) / tile.shape[2]
-        patch = prod((n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True))
-        clocks += positions * blocks * rank * taps * rounded * sums / _TAPS
-        clocks += tiles * blocks * patch * 2
-    else:
-        points = prod(tile.circles)
-        stages = sum(math.log2(n) for n in tile.circles if n > 1)
-        transforms = 1 + rank * sums
-        clocks += tiles * blocks * points * (transforms * 2.5 * stages + 4 * rank) / _TRANSFORM
-        held = 4 * points * 2 * block * (2 if problem.geometry.dims < 3 else 3)
-        if held > _L2:
-            clocks += tiles * blocks * points * transforms * 4
-        # phi's spectra, and the way back.
-        bands = prod(min(axis.modulus, axis.phases) for axis in axes)
-        clocks += bands * -(-rank // lanes) * points * 5 * stages * (1 + bool(wanted & BASIS))
-        clocks += points * rank * 4
-    clocks += 3 * rank * blocks * block * size.target  # A packed
-    threads = 2  # of which more are used alike by all
-    return clocks / (_CLOCK * threads) + _CALL
+        step = 4 if _lanes(problem)[1] == 32 else 2
+        rounded = _up(min(held[2], tile.shape[2]), step) / min(held[2], tile.shape[2])
+        lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
+        return Counts(
+            multiplied=multiplied,
+            tapped=positions * blocks * rank * taps * rounded * sums,
+            read=tiles * blocks * prod(lengths),
+            rows=tiles * blocks * lengths[0] * lengths[1],
+            written=moved,
+            packed=packed,
+            summed=tiles * blocks * taps * rank * bool(wanted & BASIS),
+        )
+    points, circles = prod(tile.circles), tile.circles
+    filled = [
+        min(n, axis.in_size, n_tile - 1 + axis.taps)
+        for n, n_tile, axis in zip(circles, tile.shape, axes, strict=True)
+    ]
+    each = tiles * blocks
+    source = _transformed((filled[0], filled[1], filled[2]), circles, each)
+    others = _transformed(tile.shape, circles, each * rank * sums)
+    bands = prod(min(axis.modulus, axis.phases) for axis in axes)
+    kernel = (min(axes[0].taps, circles[0]), min(axes[1].taps, circles[1]), axes[2].taps)
+    spectra = _transformed(kernel, circles, bands * -(-rank // lanes) * (1 + bool(wanted & BASIS)))
+    passes = source[0] + others[0] + spectra[0]
+    number = 8 if problem.dtype == "float64" else 4
+    buffers = block * (2 + (circles[0] > 1)) + 2 * rank * bool(wanted & BASIS)
+    return Counts(
+        multiplied=multiplied,
+        read=2 * each * prod(filled),
+        written=moved,
+        passes=passes,
+        turned=source[1] + others[1] + spectra[1] + 4 * each * points * rank * sums,
+        spilled=passes * _spill(number * points * buffers),
+        packed=packed,
+        summed=each * points * rank * bool(wanted & BASIS),
+    )
+
+
+def _seconds(problem: Problem, tile: Tile) -> float:
+    """Estimated, on one machine's threads."""
+    pairs = zip(counts(problem, tile), _PRICES, strict=True)
+    return sum(count * price for count, price in pairs) + _CALL
 
 
 def _slices(problem: Problem, size: Channels, lanes: int) -> tuple[int, int]:
@@ -354,33 +442,30 @@ def why_no_transform(problem: Problem) -> str:
     return f"its transforms have up to {longest} points, too few for this kernel; use algorithm='basis'"
 
 
-def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
+def candidates(problem: Problem, algorithm: str) -> Iterator[Tile]:
+    """The tiles among which `choose` chooses."""
     lanes, registers = _lanes(problem)
-    best: tuple[Tile, float] | None = None
     for transposed in directions(problem):
-        whole = lattice(problem.geometry, problem.batch, transposed, (1, 1, 1), gaps=False)
+        axes = lattice(problem.geometry, problem.batch, transposed, (1, 1, 1), gaps=False).axes
         size = channels(problem, transposed)
-        shapes: Iterator[tuple[Triple, Triple | None]]
         if algorithm == "fft":
-            if any(axis.jump > 1 for axis in whole.axes):
+            if any(axis.jump > 1 for axis in axes):
                 continue
-            shapes = iter(_fft_shapes(whole.axes))
-        else:
-            step = 4 if registers == 32 else 2
-            shapes = ((shape, None) for shape in _tap_shapes(_counts(whole.axes), step))
-        found = []
-        for shape, circles in shapes:
-            block = 2 * lanes if circles else lanes
-            found.append(Tile(shape, circles, transposed, *_slices(problem, size, block)))
-        if algorithm == "basis" and size.source < lanes and size.source * problem.rank <= _PLANES:
-            slices, _ = _slices(problem, size, lanes)
-            for shape in _plane_shapes(_counts(whole.axes), lanes):
-                found.append(Tile(shape, None, transposed, slices, 1, planes=True))
-        for tile in found:
-            seconds = _seconds(problem, tile)
-            if best is None or seconds < best[1]:
-                best = tile, seconds
-    return best
+            dealt = _slices(problem, size, 2 * lanes)
+            for shape, circles in _fft_shapes(axes):
+                yield Tile(shape, circles, transposed, *dealt)
+            continue
+        slices, parts = _slices(problem, size, lanes)
+        for shape in _tap_shapes(_counts(axes), 4 if registers == 32 else 2):
+            yield Tile(shape, None, transposed, slices, parts)
+        if size.source < lanes and size.source * problem.rank <= _PLANES:
+            for shape in _plane_shapes(_counts(axes), lanes):
+                yield Tile(shape, None, transposed, slices, 1, planes=True)
+
+
+def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
+    rated = ((tile, _seconds(problem, tile)) for tile in candidates(problem, algorithm))
+    return min(rated, key=lambda pair: pair[1], default=None)
 
 
 def flops(problem: Problem, tile: Tile) -> float:
