@@ -40,9 +40,11 @@ CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 CPU_FLAGS += ["-fno-math-errno", "-ffp-contract=fast", "-fno-exceptions"]
 # The instructions that csrc/cpu/level.cpp is compiled for, those on x86-64 where that is the machine.
 LEVELS = {"kBaseline": []}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 X86_LEVELS = {
     "kAvx2": ["-mavx2", "-mfma"],
-    "kAvx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "kAvx512": AVX512,
+    "kAvx512Bf16": [*AVX512, "-mavx512bf16"],
 }
 # The C++ library, of which nothing is used, is not asked for when loading.
 CPU_LINK_FLAGS = ["-shared", *(["-Wl,-z,defs,--as-needed"] if sys.platform == "linux" else [])]

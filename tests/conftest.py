@@ -99,6 +99,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def best_instructions() -> str:
+    """Of the CPU engine's levels the best that this processor runs, as PyTorch finds it."""
+    names = {"AVX512": "avx512", "AVX2": "avx2"}
+    name = names.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    return "avx512_bf16" if name == "avx512" and torch.cpu._is_avx512_bf16_supported() else name
+
+
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)

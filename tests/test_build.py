@@ -169,8 +169,8 @@ def test_without_compiler(
 @pytest.mark.parametrize(
     ("machine", "levels"),
     [
-        ("x86_64", ["kBaseline", "kAvx2", "kAvx512"]),
-        ("AMD64", ["kBaseline", "kAvx2", "kAvx512"]),
+        ("x86_64", ["kBaseline", "kAvx2", "kAvx512", "kAvx512Bf16"]),
+        ("AMD64", ["kBaseline", "kAvx2", "kAvx512", "kAvx512Bf16"]),
         ("aarch64", ["kBaseline"]),
         ("arm64", ["kBaseline"]),
     ],
@@ -190,7 +190,8 @@ def test_levels_of_instructions(
         command = commands[sources[0], f"made/{name}.o"]
         assert f"-DHYPERCONV_LEVEL={name}" in command
         assert ("-mfma" in command) == (name != "kBaseline")
-        assert ("-mavx512f" in command) == (name == "kAvx512")
+        assert ("-mavx512f" in command) == name.startswith("kAvx512")
+        assert ("-mavx512bf16" in command) == (name == "kAvx512Bf16")
 
 
 @pytest.mark.parametrize("ninja", [True, False])
@@ -393,7 +394,9 @@ def test_wheel_with_the_cpu_engine(project: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     result = _run(python, "-c", EVALUATE, folder=tmp_path, **bare)
     loader = packages / "hyperconv_ext" / "backends" / "cpu" / "library.py"
-    assert re.fullmatch(rf"{loader} (avx512|avx2|baseline) True \n", result.stdout), result.stderr
+    assert re.fullmatch(rf"{loader} (avx512_bf16|avx512|avx2|baseline) True \n", result.stdout), (
+        result.stderr
+    )
     if sys.platform == "linux":
         built = packages / "hyperconv_ext" / "_cpu.abi3.so"
         needed = _run("readelf", "-d", built, folder=tmp_path).stdout

@@ -16,6 +16,8 @@ import torch
 import setup
 from hyperconv_ext.backends.cpu import library
 
+from .conftest import best_instructions
+
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "engine.h"
 TYPES = {
     "int32_t": ctypes.c_int32,
@@ -78,13 +80,7 @@ def test_constants_are_those_of_the_header() -> None:
     assert f"constexpr int kMaxLayers = {library.MAX_LAYERS};" in HEADER.read_text()
 
 
-def _here() -> str:
-    """The best capability of this processor, as PyTorch finds it."""
-    names = {"AVX512": "avx512", "AVX2": "avx2"}
-    return names.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-
-
-RUNS = library.CAPABILITIES[library.CAPABILITIES.index(_here()) :]
+RUNS = library.CAPABILITIES[library.CAPABILITIES.index(best_instructions()) :]
 ASK = """
 from hyperconv_ext.backends.cpu import library
 print(library.capability())
@@ -110,7 +106,7 @@ def test_capability(named: str) -> None:
     """The best there is, or the one that is named if the processor has it."""
     capability, description, reason = _ask(HYPERCONV_CPU_CAPABILITY=named)
     if not named or named in RUNS:
-        assert capability == (named or _here())
+        assert capability == (named or best_instructions())
         assert description == f"{capability} instructions, PyTorch's threads"
         assert not reason
     else:

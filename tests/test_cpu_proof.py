@@ -20,7 +20,7 @@ from . import host_build
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cpu"
-LEVELS = {"avx512": "kAvx512", "avx2": "kAvx2", "baseline": "kBaseline"}
+LEVELS = {"avx512_bf16": "kAvx512Bf16", "avx512": "kAvx512", "avx2": "kAvx2", "baseline": "kBaseline"}
 FLAGS = [flag for flag in setup.CPU_FLAGS if not flag.startswith("-O")]
 SANITIZED = [
     "-g1",

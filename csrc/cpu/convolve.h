@@ -80,6 +80,7 @@ class Convolver {
     by_fft_ = c_.algorithm == kFft;
     planes_ = c_.algorithm == kPlanes;
     lanewise_ = !planes_ && c_.source_channels == 1 && c_.target_channels == 1 && c_.groups > 1;
+    pairs_ = Pairs<T>::kThere && c_.dtype == kBfloat16 && !planes_ && !lanewise_;
     lanes_ = planes_ ? c_.source_channels : by_fft_ ? 2 * V : V;
     groups_ = lanewise_ ? ceil_div(c_.groups, lanes_) : c_.groups;
     blocks_ = lanewise_ ? 1 : ceil_div(c_.source_channels, lanes_);
@@ -107,12 +108,15 @@ class Convolver {
     const bool packs = (c_.wanted & kOutput) || ((lanewise_ || planes_) && (c_.wanted & kBasis));
     Room<T> packed(packs ? packed_size : 0);
     Room<T> mixer(!lanewise_ && !planes_ && (c_.wanted & kBasis) ? mixer_size : 0);
+    const int64_t couples = ceil_div(c_.target_channels, 2);
+    Room<uint32_t> paired(pairs_ && packs ? packed_size / 2 : 0);
+    Room<uint32_t> paired_mixer(pairs_ && (c_.wanted & kBasis) ? groups_ * blocks_ * block_size * couples : 0);
     Room<T> bands(c_.wanted & (kOutput | kCoefficients) ? bands_ * band_size : 0);
     Room<T> coefficient_sums(c_.wanted & kCoefficients ? c_.slices * packed_size : 0);
     Room<T> basis_sums(c_.wanted & kBasis ? int64_t{1} * c_.slices * c_.parts * gradient_size : 0);
     Room<int> rows(block_size + c_.rank);
     Room<T> bias(c_.bias ? int64_t{1} * c_.groups * c_.target_channels : 0);
-    if (packed.failed() || mixer.failed() || bands.failed() || coefficient_sums.failed() ||
+    if (packed.failed() || mixer.failed() || paired.failed() || paired_mixer.failed() || bands.failed() || coefficient_sums.failed() ||
         basis_sums.failed() || bias.failed() || rows.failed()) {
       return kNoMemory;
     }
@@ -123,6 +127,8 @@ class Convolver {
     for (int r = 0; r < c_.rank; ++r) rows.get()[block_size + r] = r;
     packed_ = packed.get();
     mixer_ = mixer.get();
+    paired_ = paired.get();
+    paired_mixer_ = paired_mixer.get();
     band_tables_ = bands.get();
     coefficient_sums_ = coefficient_sums.get();
     basis_sums_ = basis_sums.get();
@@ -232,6 +238,11 @@ class Convolver {
 
   T* packed_block(T* base, int64_t task) const { return base + task * (packed_size_ / (groups_ * blocks_)); }
 
+  // Of rows in pairs, each of which has the place of two.
+  uint32_t* paired_block(uint32_t* base, int64_t task, int64_t width) const {
+    return base + task * (int64_t{1} * lanes_ * c_.rank * width / 2);
+  }
+
   // packed: [group, block][r][lane][target channel], by lanes [group][r][lane], for planes
   // [group][target channel][source channel][r];
   // mixer: [group, block][target channel][r][lane], for FFT [group, block][r][target channel][lane].
@@ -254,6 +265,9 @@ class Convolver {
                                          const int* to_rows) {
         access_.gather(c_.coefficients, at, targets, step, n, inner, to_rows, to, pitch);
       });
+      if constexpr (Pairs<T>::kThere) {
+        if (paired_) Pairs<T>::join_rows(to, lanes_ * c_.rank, width_, paired_block(paired_, task, width_));
+      }
     }
     if (mixer_) {
       const int lanes = lanes_of(group, block), ranks = c_.rank;
@@ -266,6 +280,15 @@ class Convolver {
       for (int t = 0; t < c_.target_channels; ++t)
         access_.gather(c_.coefficients, first + t * c_.coefficient_target, lanes, c_.coefficient_source,
                        ranks, c_.coefficient_rank, functions_, to + t * by_target, by_rank);
+      if constexpr (Pairs<T>::kThere) {
+        if (!paired_mixer_) return;
+        const int64_t couples = ceil_div(c_.target_channels, 2), parts = by_fft_ ? ranks : 1;
+        const int64_t wide = lanes_ * ranks / parts;
+        uint32_t* pairs = paired_block(paired_mixer_, task, 2 * couples);
+        for (int64_t part = 0; part < parts; ++part)
+          Pairs<T>::join_rows(to + part * c_.target_channels * wide, c_.target_channels, wide,
+                              pairs + part * couples * wide);
+      }
     }
   }
 
@@ -445,11 +468,12 @@ class Convolver {
   const Convolution& c_;
   const Access<T>& access_;
   ParallelFor parallel_for_;
-  bool by_fft_, planes_, lanewise_, failed_ = false;
+  bool by_fft_, planes_, lanewise_, pairs_, failed_ = false;
   int lanes_, columns_;
   int64_t groups_, blocks_, width_, phases_, bands_, taps_, points_, tiles_;
   int64_t packed_size_, band_size_, gradient_size_;
   const int* functions_;
+  uint32_t *paired_, *paired_mixer_;
   T *packed_, *mixer_, *band_tables_, *coefficient_sums_, *basis_sums_, *bias_;
 };
 

@@ -92,7 +92,7 @@ struct Engine {
 
 extern const Engine kBaseline;
 #if defined(__x86_64__)
-extern const Engine kAvx2, kAvx512;
+extern const Engine kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
 }  // namespace hyperconv

@@ -117,7 +117,11 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
     const int64_t product = o_.by_fft_ && (wanted_ & kBasis) ? lanes * Transforms<T>::longest(c_.circle) : 0;
     const int64_t output = wanted_ & kOutput ? positions * width : 0;
     const int64_t target = wanted_ & (kCoefficients | kBasis) ? positions * width : 0;
+    const int64_t formed = o_.by_fft_ ? batch_ * c_.axis[2].tile : positions;
+    const int64_t pairs = o_.pairs_ ? ceil_div(formed, 2) * (o_.by_fft_ ? lanes : wide) : 0;
+    const int64_t target_pairs = o_.pairs_ && target ? ceil_div(formed, 2) * width : 0;
     room_.take(patch * lanes + line + z + fft + product + output + target, 7);
+    pairs_room_.take(pairs + target_pairs, 2);
     this->take_indices(lengths);
     if (failed()) return;
     patch_ = room_.part(patch * lanes);
@@ -127,8 +131,10 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
     product_ = room_.part(product);
     output_ = room_.part(output);
     target_ = room_.part(target);
+    z_pairs_ = pairs_room_.part(pairs);
+    target_pairs_ = pairs_room_.part(target_pairs);
   }
-  bool failed() const { return room_.failed() || this->indices_.failed(); }
+  bool failed() const { return room_.failed() || pairs_room_.failed() || this->indices_.failed(); }
 
   // Tile number `task` for some blocks of source channels and columns of the output.
   void tile(int64_t task, int64_t from_block, int64_t to_block, int64_t from_column, int64_t to_column,
@@ -227,19 +233,39 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
       }
       return;
     }
-    const int64_t rows = r * lanes * width;
+    const int64_t rows = r * lanes;
+    const int columns = static_cast<int>(to_column - from_column);
+    T* sums = nullptr;
+    if (wanted_ & kCoefficients)
+      sums = o_.packed_block(o_.coefficient_sums_ + slice_ * o_.packed_size_, task) + rows * width;
+    y += from_column * V;
+    if constexpr (Pairs<T>::kThere) {
+      if (o_.pairs_) {
+        if (wanted_ & kOutput) {
+          const uint32_t* a = o_.paired_block(o_.paired_, task, width) + rows / 2 * width;
+          Pairs<T>::join(z, count * pitch, z_pairs_);
+          product<Pairs<T>>(count, columns, pitch / 2, z_pairs_, pitch / 2, 1, a + from_column * V, width,
+                            y, width);
+        }
+        if (wanted_ & kCoefficients) {
+          Pairs<T>::join_rows(z, count, pitch, z_pairs_);
+          Pairs<T>::join_rows(t, count, width, target_pairs_);
+          product<Pairs<T>>(pitch, o_.columns_, ceil_div(count, 2), z_pairs_, 1, pitch, target_pairs_, width,
+                            sums, width);
+        }
+        return;
+      }
+    }
     if (wanted_ & kOutput) {
-      const T* a = o_.packed_block(o_.packed_, task) + rows + from_column * V;
-      product(count, static_cast<int>(to_column - from_column), pitch, z, pitch, 1, a, width, y + from_column * V, width);
+      const T* a = o_.packed_block(o_.packed_, task) + rows * width + from_column * V;
+      product<Singles<T>>(count, columns, pitch, z, pitch, 1, a, width, y, width);
     }
-    if (wanted_ & kCoefficients) {
-      T* sums = o_.packed_block(o_.coefficient_sums_ + slice_ * o_.packed_size_, task) + rows;
-      product(pitch, o_.columns_, count, z, 1, pitch, t, width, sums, width);
-    }
+    if (wanted_ & kCoefficients)
+      product<Singles<T>>(pitch, o_.columns_, count, z, 1, pitch, t, width, sums, width);
   }
 
   // u, [positions][functions][lanes]: the gradient of z by the target.
-  void make_gradient(int64_t block, int64_t first, int64_t count, int r, int functions, T* u) const {
+  void make_gradient(int64_t block, int64_t first, int64_t count, int r, int functions, T* u) {
     const int64_t task = group_ * o_.blocks_ + block, width = o_.width_, lanes = o_.lanes_;
     const int64_t pitch = functions * lanes;
     const T* t = target_ + first * width;
@@ -250,10 +276,20 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
           store(u + p * pitch + n, load(a + n) * load(t + p * width + n % lanes));
       return;
     }
-    const int64_t channels = c_.target_channels, size = channels * c_.rank * lanes;
-    const T* a = o_.mixer_ + task * size + (o_.by_fft_ ? r * channels * lanes : 0);
+    const int64_t channels = c_.target_channels, vectors = pitch / V;
     std::memset(u, 0, count * pitch * sizeof(T));
-    product(count, static_cast<int>(pitch / V), channels, t, width, 1, a, pitch, u, pitch);
+    if constexpr (Pairs<T>::kThere) {
+      if (o_.pairs_) {
+        const int64_t couples = ceil_div(channels, 2);
+        const uint32_t* a = o_.paired_block(o_.paired_mixer_, task, 2 * couples);
+        Pairs<T>::join(t, count * width, target_pairs_);
+        product<Pairs<T>>(count, static_cast<int>(vectors), couples, target_pairs_, width / 2, 1,
+                          a + (o_.by_fft_ ? r * couples * lanes : 0), pitch, u, pitch);
+        return;
+      }
+    }
+    const T* a = o_.mixer_ + task * channels * c_.rank * lanes + (o_.by_fft_ ? r * channels * lanes : 0);
+    product<Singles<T>>(count, static_cast<int>(vectors), channels, t, width, 1, a, pitch, u, pitch);
   }
 
   void block_by_taps(int64_t block, int64_t from_column, int64_t to_column) {
@@ -334,7 +370,9 @@ class Convolver<T>::Worker : public Convolver<T>::Place {
   }
 
   Room<T> room_;
+  Room<uint32_t> pairs_room_;
   T *patch_, *line_, *z_, *fft_, *product_, *output_, *target_;
+  uint32_t *z_pairs_, *target_pairs_;
   int batch_;
 };
 

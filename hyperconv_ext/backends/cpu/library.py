@@ -1,7 +1,7 @@
 """The shared library with the engine of csrc/cpu/: found and loaded when first asked for.
 
 `HYPERCONV_CPU_LIBRARY` names another library to load in its place; `HYPERCONV_CPU_CAPABILITY` the
-instructions to use in place of the best that the processor has: `avx512`, `avx2` or `baseline`.
+instructions to use in place of the best that the processor has, one of `CAPABILITIES`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOT_BUILT = (
 )
 
 # What follows is csrc/cpu/engine.h.
-CAPABILITIES = ("avx512", "avx2", "baseline")  # best first
+CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "baseline")  # best first
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 ALGORITHMS = {"basis": 0, "fft": 1}
 PLANES = 2  # an algorithm to the engine, a kind of tile to the planner
