@@ -36,7 +36,8 @@ class Device:
 class WeightShape(NamedTuple):
     """W as it is built: K taps of `inputs` by `outputs` a group, of rank R, `width` bytes a number.
 
-    `strides`: the product of the convolution's.
+    `strides`: the product of the convolution's. `work`: multiply-adds of that with W, 0 if unknown.
+    `trained`: whether gradients may be asked for.
     """
 
     taps: int
@@ -45,16 +46,27 @@ class WeightShape(NamedTuple):
     rank: int
     width: int
     strides: int = 1
+    work: int = 0
+    trained: bool = False
 
 
 def weight_shape(
-    coefficients: Sequence[int], geometry: Geometry, transposed: bool, width: int
+    coefficients: Sequence[int],
+    geometry: Geometry,
+    transposed: bool,
+    width: int,
+    batch: int,
+    trained: bool,
 ) -> WeightShape:
-    """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed."""
+    """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed.
+
+    Without a batch (0) the work is unknown.
+    """
     outputs, inputs, rank = coefficients
-    pair = (inputs, outputs // geometry.groups)
+    taps, pair = geometry.taps, (inputs, outputs // geometry.groups)
     pair = pair[::-1] if transposed else pair
-    return WeightShape(geometry.taps, *pair, rank, width, prod(geometry.stride))
+    work = batch * geometry.output_positions * outputs * inputs * taps if batch else 0
+    return WeightShape(taps, *pair, rank, width, prod(geometry.stride), work, trained)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def auto(row: Row, device: Device, tf32: bool) -> set[str]:
     """What `'auto'` uses for the operators of a row's phase, in the layout measured."""
     shape = row.shape
     pair = shape.in_channels // shape.groups, shape.out_channels // shape.groups
-    weight = WeightShape(shape.taps, *pair, shape.rank, 4 if row.dtype == "fp32" else 2)
+    width, strides = 4 if row.dtype == "fp32" else 2, shape.stride**shape.dims
+    choice = (width, strides, shape.flops // 2, row.phase != "forward")
+    weight = WeightShape(shape.taps, *pair, shape.rank, *choice)
     if planner.resolve("auto", "auto", device.kind, weight) == "reference":
         return {"reference"}
     aligned = device.kind == "cuda" and not any(channels % GRANULE for channels in pair)

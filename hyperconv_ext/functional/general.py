@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,35 @@ def _checked(
     return geometry(input, kernel.shape[1:], *spaces, groups)
 
 
+_steps: dict[Hashable, ops.Step] = {}  # of operands that are known to be sound
+_MOST_STEPS = 4096
+
+
+def _key(
+    input: Tensor,
+    coefficients: Tensor,
+    mlp: ops.Mlp,
+    bias: Tensor | None,
+    place: tuple[Any, ...],
+) -> Hashable:
+    """What a step of such operands at such a place is kept by; None: by nothing."""
+    known = ops.step_key(input, coefficients, mlp, bias, place[4])
+    if known is None:
+        return None
+    try:
+        hash(place)
+    except TypeError:  # lists
+        return None
+    return known, place
+
+
+def _keep(key: Hashable, step: ops.Step | None) -> None:
+    if step is not None:
+        if len(_steps) >= _MOST_STEPS:
+            _steps.clear()
+        _steps[key] = step
+
+
 def convolve(
     dims: int,
     input: Tensor,
@@ -94,6 +123,13 @@ def convolve(
     `kernel_size` says where an MLP's taps lie; `spaces` are (stride, padding, dilation), or of a
     transposed convolution (stride, padding, output_padding, dilation).
     """
+    place = (dims, kernel_size, spaces, groups, backend, algorithm, transposed)
+    key = None
+    if isinstance(kernel, ops.Mlp):
+        key = _key(input, coefficients, kernel, bias, place)
+        step = _steps.get(key)
+        if step is not None:
+            return step(input, coefficients, kernel, bias)
     sizes, columns = meta("input", input), meta("coefficients", coefficients)
     offsets = None if bias is None else meta("bias", bias)
     if isinstance(kernel, ops.Mlp):
@@ -106,6 +142,8 @@ def convolve(
     batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)
     rest = (bias, geometry, backend, algorithm, transposed)
     if isinstance(kernel, ops.Mlp):
+        if key is not None and batched is input:
+            _keep(key, ops.step(input, coefficients, kernel, *rest))
         output = ops.hyper_conv(batched, coefficients, kernel, *rest)
     else:
         output = ops.basis_conv(batched, coefficients, kernel, *rest)

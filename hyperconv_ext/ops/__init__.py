@@ -3,12 +3,13 @@
 from . import flops, sharding
 from .convolution import basis_conv, form, weight_of
 from .execution import problem_of
-from .hyper import Mlp, hyper_conv
+from .hyper import Mlp, Step, hyper_conv, step, step_key
 from .mlp import coordinate_mlp
 from .registry import keep_operators
 
 __all__ = [
     "Mlp",
+    "Step",
     "basis_conv",
     "coordinate_mlp",
     "flops",
@@ -17,5 +18,7 @@ __all__ = [
     "keep_operators",
     "problem_of",
     "sharding",
+    "step",
+    "step_key",
     "weight_of",
 ]

@@ -192,7 +192,7 @@ def gradients(
     """
     choice = (geometry, backend, algorithm)
     operands = (value, *saved)
-    if not _may_join(slot, wanted, backend, value):
+    if not may_join(slot, wanted, backend, value):
         return one_by_one(
             slot, wanted, operands, lambda other, *tensors: form(other, *choice, None, *tensors)
         )
@@ -202,7 +202,7 @@ def gradients(
     return [result if want else None for result, want in zip(results, wanted, strict=True)]
 
 
-def _may_join(slot: int, wanted: Wanted, backend: str, value: Tensor) -> bool:
+def may_join(slot: int, wanted: Wanted, backend: str, value: Tensor) -> bool:
     """Whether the joint operator may be called. A graph may meet other sizes, so they do not count."""
     if slot not in BIASED or sum(wanted) < 2 or torch.is_grad_enabled():
         return False
@@ -216,7 +216,9 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_of(input: Tensor, coefficients: Tensor, geometry: Geometry, transposed: bool) -> WeightShape:
     """W as it would be built for this input."""
-    return weight_shape(coefficients.shape, geometry, transposed, input.dtype.itemsize)
+    batch = 0 if torch.compiler.is_compiling() else input.shape[0]  # a graph may meet others
+    choice = (input.dtype.itemsize, batch, torch.is_grad_enabled())
+    return weight_shape(coefficients.shape, geometry, transposed, *choice)
 
 
 def basis_conv(

@@ -231,7 +231,8 @@ def _all_taps(gradient: Tensor, window: tuple[slice, ...], geometry: Geometry) -
     return whole
 
 
-def _run_jointly(
+@untraced
+def run_jointly(
     plan: Plan, wanted: Wanted, geometry: Geometry, *operands: Tensor
 ) -> Sequence[Tensor | None]:
     """As `run`, the `wanted` gradients of a layer by their joint plan."""
@@ -271,7 +272,7 @@ def execute_jointly(
     """The joint operator's kernel on every device: on one backend, or gradient by gradient."""
     plan = joint_plan_of(slot, wanted, geometry, backend, algorithm, *operands)
     if plan is not None:
-        return _run_jointly(plan, wanted, geometry, *operands)
+        return run_jointly(plan, wanted, geometry, *operands)
     return one_by_one(
         slot,
         wanted,

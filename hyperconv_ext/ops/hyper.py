@@ -16,17 +16,19 @@ from torch import Tensor
 from .. import backends, planner
 from ..autocast import for_autocast
 from ..geometry import Geometry
-from ..problem import Plan
+from ..problem import Plan, Wanted
 from . import mlp as mlp_operators
 from . import sharding
-from .convolution import basis_conv, bias_gradient, call, gradients, weight_of
+from .convolution import basis_conv, bias_gradient, call, gradients, may_join, weight_of
 from .execution import (
     GEOMETRY_SCHEMA,
     flatten,
     geometry_of,
+    joint_plan_of,
     new_output,
     plan_of,
     run,
+    run_jointly,
     slot_of,
 )
 from .registry import (
@@ -57,6 +59,7 @@ class Mlp(NamedTuple):
 
 
 _Compute = Callable[..., tuple[Tensor, Tensor]]
+_Choice = tuple[bool, Geometry, str, str]  # transposed, geometry, backend, algorithm
 
 
 class HyperConvFunction(Function):
@@ -69,7 +72,8 @@ class HyperConvFunction(Function):
     def forward(
         ctx: Any,
         compute: _Compute,
-        choice: tuple[bool, Geometry, str, str],
+        step: Step | None,
+        choice: _Choice,
         settings: mlp_operators.Settings,
         bias: Tensor | None,
         input: Tensor,
@@ -80,16 +84,16 @@ class HyperConvFunction(Function):
         layers = len(parameters) // 2
         mlp = (coordinates, parameters[:layers], parameters[layers:], *settings)
         output, basis = compute(input, coefficients, *mlp, bias)
-        ctx.rest = choice, settings, None if bias is None else bias.dtype
+        ctx.rest = step, choice, settings, None if bias is None else bias.dtype
         ctx.save_for_backward(input, coefficients, coordinates, basis, *parameters)
         ctx.set_materialize_grads(False)
         return output, basis
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        (transposed, geometry, backend, algorithm), settings, bias_dtype = ctx.rest
+        step, (transposed, geometry, backend, algorithm), settings, bias_dtype = ctx.rest
         input, coefficients, coordinates, basis, *parameters = ctx.saved_tensors
-        needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[3:]
+        needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[4:]
         grad, basis_grad = grads
         bias_grad = input_grad = coefficients_grad = None
         if grad is not None:
@@ -97,8 +101,12 @@ class HyperConvFunction(Function):
                 bias_grad = bias_gradient(grad, bias_dtype)
             wanted = (needs_input, needs_coefficients, any(needs_parameters))
             choice = (slot_of(transposed), wanted, geometry, backend, algorithm)
-            shaped = basis.view(-1, *geometry.kernel_size)
-            results = gradients(*choice, grad, input, coefficients, shaped)
+            operands = (grad, input, coefficients, basis.view(-1, *geometry.kernel_size))
+            plan = None if step is None else step.joint_plan(wanted, *operands)
+            if plan is None:
+                results = gradients(*choice, *operands)
+            else:
+                results = run_jointly(plan, wanted, geometry, *operands)
             input_grad, coefficients_grad, through_output = results
             if through_output is not None:
                 through_output = through_output.view(basis.shape)
@@ -107,9 +115,9 @@ class HyperConvFunction(Function):
         if basis_grad is not None and any(needs_parameters):
             half = len(parameters) // 2
             layers = parameters[:half], parameters[half:]
-            operands: tuple[Any, ...] = (basis_grad, coordinates, *layers, *settings, backend)
-            parameter_grads = mlp_operators.backward(*operands)
-        return *(None,) * 3, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
+            rest = (coordinates, *layers, *settings, backend)
+            parameter_grads = mlp_operators.backward(basis_grad, *rest)
+        return *(None,) * 4, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
 
 
 def hyper_conv(
@@ -143,7 +151,7 @@ def hyper_conv(
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute(input, coefficients, *mlp, bias)[0]
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
-    return HyperConvFunction.apply(compute, choice, mlp[3:], *operands)[0]
+    return HyperConvFunction.apply(compute, None, choice, mlp[3:], *operands)[0]
 
 
 def _computation(
@@ -187,6 +195,101 @@ def _fused(plan: Plan, shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> _C
     widths = (shapes[0][1], *(shape[0] for shape in shapes))
     engine = mlp_operators.engine(widths, dtype, plan.problem.device, plan.backend)
     return None if engine is None else partial(untraced(engine.hyper_conv_fwd), plan)
+
+
+class Step:
+    """`hyper_conv` of operands like those of an earlier call, by what that call worked out.
+
+    A layer would otherwise check, look up and plan the same at every step, which takes longer than the
+    kernels of a small one; a large one leaves Python nothing in the caches, so that it takes several
+    times as long.
+    """
+
+    def __init__(self, compute: _Compute, choice: _Choice) -> None:
+        self._compute, self._choice = compute, choice
+        self._joint_plans: dict[tuple[Any, ...], Plan | None] = {}
+
+    def __call__(self, input: Tensor, coefficients: Tensor, mlp: Mlp, bias: Tensor | None) -> Tensor:
+        """The output for operands with the `step_key` that this is kept by."""
+        if not torch.is_grad_enabled():
+            return self._compute(input, coefficients, *mlp, bias)[0]
+        coordinates, weights, biases, *settings = mlp
+        operands = (bias, input, coefficients, coordinates, *weights, *biases)
+        return HyperConvFunction.apply(self._compute, self, self._choice, settings, *operands)[0]
+
+    def joint_plan(self, wanted: Wanted, *operands: Tensor) -> Plan | None:
+        """That of `wanted` gradients where nothing but its kernels is to run; None: `gradients` decides.
+
+        `operands` as `joint_plan_of` takes them; all but the first, the output's gradient, are those of
+        the forward pass.
+        """
+        if torch.is_grad_enabled() or not _in_plain_eager_mode() or not can_skip_dispatch(operands):
+            return None
+        grad = operands[0]
+        flags = torch.are_deterministic_algorithms_enabled(), backends.tf32_allowed()
+        key = (wanted, grad.stride(), grad.dtype, grad.data_ptr() % 16, *flags)
+        if key not in self._joint_plans:
+            transposed, geometry, backend, algorithm = self._choice
+            choice = (slot_of(transposed), wanted, geometry, backend, algorithm)
+            joins = may_join(choice[0], wanted, backend, grad)
+            self._joint_plans[key] = joint_plan_of(*choice, *operands) if joins else None
+        return self._joint_plans[key]
+
+
+def _in_plain_eager_mode() -> bool:
+    """Whether nobody traces, exports, transforms or casts what is called now."""
+    return not (
+        torch.compiler.is_compiling()
+        or exporting()
+        or transforming()
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
+def step_key(
+    input: Tensor, coefficients: Tensor, mlp: Mlp, bias: Tensor | None, backend: str
+) -> tuple[Any, ...] | None:
+    """All that a `Step` on these operands depends on; None: not to be kept, they are not plain."""
+    coordinates, weights, biases, activation, weight_gain, linear_output = mlp
+    if not _in_plain_eager_mode() or coordinates.requires_grad:
+        return None
+    given = (input, coefficients) if bias is None else (input, coefficients, bias)
+    if not can_skip_dispatch((*given, coordinates, *weights, *biases)):
+        return None
+    if any(tensor.is_nested for tensor in given):  # which have no shape
+        return None
+    last = weights[-1]
+    return (
+        *(input.shape, input.stride(), input.dtype, input.device, input.data_ptr() % 16),
+        *(coefficients.shape, coefficients.dtype, coefficients.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        coordinates.shape,
+        *[weight.shape for weight in weights],
+        *[vector.shape for vector in biases],
+        *(weights[0].dtype, last.dtype, last.device, activation, weight_gain, linear_output),
+        *(planner.requested(backend), torch.are_deterministic_algorithms_enabled()),
+        *(backends.tf32_allowed(), torch.is_grad_enabled()),
+    )
+
+
+def step(
+    input: Tensor,
+    coefficients: Tensor,
+    mlp: Mlp,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    transposed: bool = False,
+) -> Step | None:
+    """What does `hyper_conv` of such operands, which have a `step_key`; None: only that does."""
+    weight = weight_of(input, coefficients, geometry, transposed)
+    backend = planner.resolve(backend, algorithm, input.device.type, weight)
+    choice = (transposed, geometry, backend, algorithm)
+    if backend == "reference":
+        return None
+    compute = _computation(input, coefficients, mlp, bias, *choice)
+    return None if compute is None else Step(compute, choice)
 
 
 def _call(
@@ -264,7 +367,7 @@ def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
         return convolved, basis
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
     compute = partial(_call_below_autograd, *choice)
-    return HyperConvFunction.apply(compute, choice, settings, *operands)
+    return HyperConvFunction.apply(compute, None, choice, settings, *operands)
 
 
 register(_SCHEMA, _kernel, _fake, _autograd)

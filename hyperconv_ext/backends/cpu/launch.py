@@ -73,9 +73,10 @@ def _header(
     return bytes(call), held
 
 
-def _compute(tensor: Tensor, problem: Problem) -> Tensor:
-    """In the type that is computed with, contiguous."""
-    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of that dtype, contiguous."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
     return tensor.to(dtype).contiguous()
 
 
@@ -107,10 +108,11 @@ def _run(
     if coefficients is not None:
         call.coefficients = coefficients.data_ptr()
     if basis is not None:
-        phi = _compute(basis, plan.problem)
+        double = plan.problem.dtype == "float64"
+        phi = _as(basis, torch.float64 if double else torch.float32)
         call.basis = phi.data_ptr()
     if bias is not None:
-        offset = bias.to(source.dtype).contiguous()
+        offset = _as(bias, source.dtype)
         call.bias = offset.data_ptr()
     if coefficients_gradient is not None:
         call.coefficients_gradient = coefficients_gradient.data_ptr()

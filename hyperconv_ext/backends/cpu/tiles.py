@@ -15,6 +15,8 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from ...problem import Problem, WeightShape
 from ..lattice import Axis, Lattice, lattice
 from . import library
@@ -30,8 +32,8 @@ _BITS = {
 }
 _RADICES = (8, 6, 5, 4, 3)
 _STAGES = 4
-_VECTOR_BYTES = {"avx512": 64, "avx2": 32, "baseline": 16}
-_REGISTERS = {"avx512": 32, "avx2": 16, "baseline": 16}
+_VECTOR_BYTES = {"avx512_bf16": 64, "avx512": 64, "avx2": 32, "baseline": 16}
+_REGISTERS = {"avx512_bf16": 32, "avx512": 32, "avx2": 16, "baseline": 16}
 _MIB = 1 << 20
 
 # Arithmetic instructions a point of the transforms of one stage.
@@ -256,7 +258,7 @@ class Counts(NamedTuple):
     gathered: float = 0.0
 
 
-# Seconds on two threads of a Zen 4 with AVX-512: with these the estimates of the tiles that were measured
+# Seconds on two threads of a Zen 4 with AVX-512, by which the estimates of the tiles that were measured
 # (benchmarks/results/cpu/tiles.json) deviate least.
 _PRICES = Counts(
     multiplied=1.69e-10,
@@ -345,6 +347,8 @@ def counts(problem: Problem, tile: Tile) -> Counts:
             + positions * groups * size.target * (1 + (ops > 1)),
         )
     products = rank * (3 * columns if size.lanewise else block * columns)
+    if problem.dtype == "bfloat16" and library.capability() == "avx512_bf16" and not size.lanewise:
+        products //= 2  # of pairs
     multiplied = float(positions * blocks * products * ops)
     if tile.circles is None:
         step = 4 if _lanes(problem)[1] == 32 else 2
@@ -490,27 +494,46 @@ def flops(problem: Problem, tile: Tile) -> float:
 
 
 _TRANSFORMED = 40  # taps that a transform costs per position, channel and function, at most
-_HALF = 1.6  # times as fast the library's products are in 16 bits, the engine's not
+# How much faster than in float32, and than the engine's, the library's products are in 16 bits: those of
+# this engine are as much faster where it multiplies pairs, and tiles of a matrix (AMX) another 8 times.
+_HALF, _TILES = 1.6, 8.0
+# Multiply-adds that take less time than building W by the framework's calls.
+_TINY = 8e6
+
+
+def _margin(width: int) -> float:
+    """How much faster the library's products are, against those of this engine, than in float32."""
+    if width != 2:
+        return 1.0
+    if torch.cpu._is_amx_tile_supported():
+        return _TILES
+    return 1.0 if library.capability() == "avx512_bf16" else _HALF
 
 
 def outruns_dense(weight: WeightShape) -> bool:
     """Whether this engine beats building W and the library's convolution, by counts and a margin.
 
     Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
-    what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded; where
-    source channels are few, moving data counts more than multiplying. Of 110 rows (1 to 256 channels,
-    k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward and step, W built each time) those within
-    the margins were level or ahead.
+    what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded. Where
+    source channels are few, moving data counts more than multiplying; but with one to four the library's
+    gradients take even longer. Of 110 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of
+    a Zen 4, forward and step, W built each time) those within the margins were level or ahead.
     """
+    if 0 < weight.work <= _TINY:
+        return True
     taps, rank = weight.taps, weight.rank
-    margin = _HALF if weight.width == 2 else 1.0
+    margin = _margin(weight.width)
     formed = min(taps, _TRANSFORMED)
     if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
         return taps > 1.8 * margin * rank * formed
     few = weight.inputs < 16
     columns = weight.outputs if few else _up(weight.outputs, 16)
     ratio = taps * columns / (rank * (columns + formed))
-    if weight.strides > 1:  # a step multiplies at every input position for the gradient there
+    if weight.inputs <= 4 and weight.trained:
+        return ratio > 0.8 * margin
+    if (
+        weight.strides > 1 and weight.trained
+    ):  # a step multiplies at every input position for the gradient there
         here = rank * ((3 + weight.strides) * columns + 3 * formed)
         ratio = min(ratio, 3 * taps * columns / here)
     return ratio > margin * (2.5 if few else 1.2)
