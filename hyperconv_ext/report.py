@@ -42,15 +42,15 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
         coefficients, basis = conv.kernel()
         batched, geometry = conv.geometry(input)
     weight = ops.weight_of(batched, coefficients, geometry, conv.transposed)
-    if planner.resolve(name, "auto", input.device.type, weight) == "reference":
+    if planner.resolve(name, conv.algorithm, input.device.type, weight) == "reference":
         cheaper = f"cheaper at {geometry.taps} taps of rank {weight.rank} on {input.device.type}"
         return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
     forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:
-        lines += _operator_lines(replace(forward, op=op), name)
+        lines += _operator_lines(replace(forward, op=op), name, conv.algorithm)
     through_input = OPS[int(not conv.transposed)]
     every = replace(forward, op=through_input, wanted=(True, True, True))
-    together = planner.joint(every, name)
+    together = planner.joint(every, name, conv.algorithm)
     if together is not None:
         lines.append(f"{JOINT}, all gradients together: {_planned(together)}")
     return "\n".join(lines)
@@ -73,17 +73,17 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
     return f"fused into the first of the forward operator's two launches by {engine}"
 
 
-def _operator_lines(problem: Problem, backend: str) -> list[str]:
-    plan = planner.plan(problem, backend)
+def _operator_lines(problem: Problem, backend: str, algorithm: str) -> list[str]:
+    plan = planner.plan(problem, backend, algorithm)
     lines = [f"{problem.op}: {_planned(plan)}"]
-    for name, algorithm, reason in planner.candidates(problem, backend, "auto"):
-        if (name, algorithm) == (plan.backend, plan.algorithm):
+    for name, choice, reason in planner.candidates(problem, backend, algorithm):
+        if (name, choice) == (plan.backend, plan.algorithm):
             continue
         why = reason
         if not reason:
-            _, seconds = backends.BACKENDS[name].configure(problem, algorithm)
+            _, seconds = backends.BACKENDS[name].configure(problem, choice)
             why = f"not cheaper{_estimate(seconds)}"
-        lines.append(f"    not {name}/{algorithm}: {why}")
+        lines.append(f"    not {name}/{choice}: {why}")
     return lines
 
 

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d
+from hyperconv_ext import HyperConv2d, explain
+from hyperconv_ext.backends.cpu import library as cpu_library
 from hyperconv_ext.backends.reference import materialize_weight
 from hyperconv_ext.hypernet import tap_coordinates
 from hyperconv_ext.modules.base import PARAMETRIZATIONS
+from hyperconv_ext.planner import PlanError
 
 from .conftest import FUSED, QUICK, dtypes_of, precision_of_the_framework
-from .oracle import check
+from .oracle import check, relative_error
 
 # Arguments after (in_channels=4, out_channels=8).
 GRID: list[dict[str, Any]] = [
@@ -145,6 +147,7 @@ def test_arguments_in_the_order_of_conv2d() -> None:
         "weight_norm": None,
         "coordinates": None,
         "backend": "auto",
+        "algorithm": "auto",
         "hypernet": None,
         "parametrization": "orthonormal",
     }
@@ -501,3 +504,34 @@ def test_training_reduces_the_loss(weight_norm: str | None, backend: str, device
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_an_algorithm_that_is_named_is_used_or_refused() -> None:
+    layer = HyperConv2d(32, 32, 5, padding=2, algorithm="fft")
+    assert "algorithm='fft'" in repr(layer)
+    assert "algorithm" not in repr(HyperConv2d(32, 32, 5))
+    input = torch.randn(1, 32, 8, 8)
+    if not cpu_library.reason():
+        assert "cpu/fft" in explain(layer, input) and "cpu/basis" not in explain(layer, input)
+        exact = copy.deepcopy(layer)
+        exact.algorithm = "basis"
+        assert "cpu/basis" in explain(exact, input) and "cpu/fft" not in explain(exact, input)
+        assert relative_error(layer(input), exact(input)) < 1e-5
+        assert not torch.equal(layer(input), exact(input))
+    layer.stride = 2
+    with pytest.raises(PlanError, match="algorithm='fft'"):
+        layer(input)
+    layer.backend = "reference"
+    with pytest.raises(PlanError, match="is not one of backend='reference'"):
+        layer(input)
+    with pytest.raises(ValueError, match=r"algorithm: expected one of auto, .*, got 'winograd'"):
+        layer.algorithm = "winograd"
+    with pytest.raises(ValueError, match="algorithm: expected one of"):
+        HyperConv2d(4, 4, 3, algorithm="winograd")
+
+
+def test_a_layer_from_before_algorithms_were_named() -> None:
+    layer = HyperConv2d(4, 4, 3)
+    del layer.__dict__["algorithm"]
+    assert layer.algorithm == "auto"
+    assert layer(torch.randn(1, 4, 5, 5)).shape == (1, 4, 3, 3)

@@ -14,6 +14,7 @@ import pytest
 
 import benchmarks
 from benchmarks import competitors, records
+from benchmarks import tiles as measured_tiles
 from benchmarks.records import Record, Row
 from benchmarks.shapes import Shape
 from hyperconv_ext import planner
@@ -27,6 +28,7 @@ from hyperconv_ext.problem import OPS, Device, Plan, WeightShape
 from .planning import H200, shaped
 
 RESULTS = sorted(Path(benchmarks.__file__).parent.glob("results/*/results.json"))
+TILES = sorted(Path(benchmarks.__file__).parent.glob("results/*/tiles.json"))
 SLACK = 1.1  # times the fastest choice's
 SHARE = 0.9  # of the rows
 _ALGORITHMS = [f"cpu/{algorithm}" for algorithm in BACKENDS["cpu"].ALGORITHMS]
@@ -124,6 +126,29 @@ def as_measured(monkeypatch: pytest.MonkeyPatch, document: Mapping[str, Any]) ->
 
 def test_there_are_results() -> None:
     assert RESULTS, "no benchmarks/results/*/results.json"
+    assert TILES, "no benchmarks/results/*/tiles.json"
+
+
+@pytest.mark.parametrize("fitted", [True, False], ids=["like those priced", "unlike them"])
+@pytest.mark.parametrize("path", TILES, ids=lambda path: path.parent.name)
+def test_the_estimates_find_a_fast_tile(
+    path: Path, fitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both algorithms' tiles, forward and all gradients."""
+    document = json.loads(path.read_text())
+    instructions = document["machine_info"]["instructions"]
+    monkeypatch.setattr(cpu_library, "capability", lambda: instructions)
+    rows = [row for row in document["rows"] if row["fitted"] is fitted]
+    misses = []
+    for row in rows:
+        layer = measured_tiles.shape_of(row)
+        subject = measured_tiles.problem(layer, row["dtype"], row["gradients"])
+        estimates = [cpu_tiles.seconds(subject, measured_tiles.tile_of(cell)) for cell in row["tiles"]]
+        picked = row["tiles"][estimates.index(min(estimates))]
+        best = min(row["tiles"], key=lambda cell: cell["seconds"])
+        if picked["seconds"] > SLACK * best["seconds"]:
+            misses.append(f"{layer.name} {row['dtype']}: {picked}, not {best}")
+    assert rows and 1 - len(misses) / len(rows) >= SHARE, "\n".join(misses)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)

@@ -84,6 +84,7 @@ class HyperConvNd(nn.Module, ABC):
     output_padding: tuple[int, ...]
     tap_spacing: tuple[float, ...]
     parametrization: str
+    algorithm: str = "auto"  # of a layer that was pickled when there was none to name
     weight_norm: TapBatchNorm | None
     mixing: BasisMixing | None
     _channels_last = False  # the format `.to(memory_format=...)` has left the layer in
@@ -109,6 +110,7 @@ class HyperConvNd(nn.Module, ABC):
         weight_norm: str | None,
         coordinates: str | None,
         backend: str,
+        algorithm: str,
         hypernet: nn.Module | None,
         parametrization: str,
     ) -> None:
@@ -135,6 +137,7 @@ class HyperConvNd(nn.Module, ABC):
         self.tap_spacing = (1.0,) * self.dims
         self.weight_bias = bool(weight_bias)
         self.backend = backend
+        self.algorithm = algorithm
         factory = {"device": device, "dtype": dtype}
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         shape = (first, second // groups)
@@ -216,6 +219,8 @@ class HyperConvNd(nn.Module, ABC):
             check_name(name, value, ("zeros",) if self.transposed else _PADDING_MODES)
         elif name == "backend":
             check_name(name, value, planner.BACKEND_NAMES)
+        elif name == "algorithm":
+            check_name(name, value, planner.ALGORITHM_NAMES)
         elif name == "coordinates":
             check_coordinate_name(value)
         return value
@@ -454,7 +459,7 @@ class HyperConvNd(nn.Module, ABC):
             spaces,
             self.groups,
             self.backend,
-            "auto",
+            self.algorithm,
             self.transposed,
         )
         if last:
@@ -551,6 +556,7 @@ class HyperConvNd(nn.Module, ABC):
             "coordinates": _DEFAULTS[self.parametrization][1],
             "tap_spacing": (1.0,) * self.dims,
             "backend": "auto",
+            "algorithm": "auto",
         }
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:

@@ -41,6 +41,7 @@ class _HyperConv(HyperConvNd):
         weight_norm: str | None = None,
         coordinates: str | None = None,
         backend: str = "auto",
+        algorithm: str = "auto",
         hypernet: nn.Module | None = None,
         parametrization: str = "orthonormal",
     ) -> None:
@@ -64,6 +65,7 @@ class _HyperConv(HyperConvNd):
             weight_norm,
             coordinates,
             backend,
+            algorithm,
             hypernet,
             parametrization,
         )
@@ -127,6 +129,7 @@ class _HyperConvTranspose(HyperConvNd):
         weight_norm: str | None = None,
         coordinates: str | None = None,
         backend: str = "auto",
+        algorithm: str = "auto",
         hypernet: nn.Module | None = None,
         parametrization: str = "orthonormal",
     ) -> None:
@@ -150,6 +153,7 @@ class _HyperConvTranspose(HyperConvNd):
             weight_norm,
             coordinates,
             backend,
+            algorithm,
             hypernet,
             parametrization,
         )
@@ -220,8 +224,7 @@ class HyperConv2d(_HyperConv):
             hyper-network's last layer, see `hypernet.TapBatchNorm`.
         coordinates: `'unit'` ([-1, 1]; None means this) or `'centered'` (in taps from the kernel's
             centre).
-        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`, see
-            `functional.basis_conv2d`.
+        backend, algorithm: `'auto'`, or a name to be used or refused, see `functional.basis_conv2d`.
         hypernet: any module from coordinates `[K, 2]` to features `[K, N]`, in the place of the MLP;
             `hidden_features`, `num_features` and `activation` are then not used.
         parametrization: `'orthonormal'`, or `'published'`: phi are the features themselves and the
@@ -277,7 +280,7 @@ class HyperConvTranspose2d(_HyperConvTranspose):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
         hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
-            hypernet, parametrization: as in `HyperConv2d`.
+            algorithm, hypernet, parametrization: as in `HyperConv2d`.
 
     Attributes:
         coefficients: Parameter `[C_in, C_out/groups, N + weight_bias]`, A (before `weight_norm`).

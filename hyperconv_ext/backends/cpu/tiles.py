@@ -273,7 +273,7 @@ _PRICES = Counts(
     summed=2.41e-9,
     gathered=2.3e-10,
 )
-_CALL = 10e-6  # seconds before and after the loops
+CALL = 10e-6  # seconds before and after the loops
 
 
 def _spill(size: float) -> float:
@@ -389,10 +389,10 @@ def counts(problem: Problem, tile: Tile) -> Counts:
     )
 
 
-def _seconds(problem: Problem, tile: Tile) -> float:
+def seconds(problem: Problem, tile: Tile) -> float:
     """Estimated, on one machine's threads."""
     pairs = zip(counts(problem, tile), _PRICES, strict=True)
-    return sum(count * price for count, price in pairs) + _CALL
+    return sum(count * price for count, price in pairs) + CALL
 
 
 def _slices(problem: Problem, size: Channels, lanes: int) -> tuple[int, int]:
@@ -468,7 +468,7 @@ def candidates(problem: Problem, algorithm: str) -> Iterator[Tile]:
 
 
 def _best(problem: Problem, algorithm: str) -> tuple[Tile, float] | None:
-    rated = ((tile, _seconds(problem, tile)) for tile in candidates(problem, algorithm))
+    rated = ((tile, seconds(problem, tile)) for tile in candidates(problem, algorithm))
     return min(rated, key=lambda pair: pair[1], default=None)
 
 
