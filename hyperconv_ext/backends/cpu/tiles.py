@@ -202,15 +202,22 @@ def _circle(axis: Axis, tile: int) -> int:
     return points
 
 
-def _fft_sizes(axis: Axis, count: int, pieces: int) -> list[tuple[int, int]]:
-    """(positions, circle) of one axis: all of it, or evenly in up to so many pieces."""
+def _fft_sizes(axis: Axis, count: int, pieces: int, kept: int) -> list[tuple[int, int]]:
+    """(positions, circle) of one axis: all of it, or evenly in up to so many pieces, the `kept` best."""
     if axis.taps == 1 and axis.in_size == 1 and count == 1:
         return [(1, 1)]
     sizes = [(count, size) for size in circle_sizes(max(_circle(axis, count), 3))[:2]]
     for tile in sorted({-(-count // parts) for parts in range(2, pieces + 1)}):
         if 2 <= tile < count and 2 * tile >= axis.taps:
             sizes += [(tile, size) for size in circle_sizes(max(tile - 1 + axis.taps, 3))[:2]]
-    return sizes
+
+    def work(choice: tuple[int, int]) -> float:
+        tile, circle = choice
+        stages, arithmetic = _arithmetic(circle)
+        return -(-count // tile) * circle * (arithmetic + 4 * stages)
+
+    # The whole axis may be the one without a halo in memory, many pieces the ones that stay in a cache.
+    return sizes[:2] + sorted(sizes[2:], key=work)[:kept]
 
 
 def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]]:
@@ -218,7 +225,7 @@ def _fft_shapes(axes: tuple[Axis, Axis, Axis]) -> Iterator[tuple[Triple, Triple]
     held = _counts(axes)
     dims = sum(axis.in_size > 1 or count > 1 for axis, count in zip(axes, held, strict=True))
     choices = [
-        _fft_sizes(axis, count, {1: 64, 2: 8}.get(dims, 4))
+        _fft_sizes(axis, count, {1: 64, 2: 8}.get(dims, 4), {1: 24, 2: 6}.get(dims, 3))
         for axis, count in zip(axes, held, strict=True)
     ]
     for depth, circle_d in choices[0]:
@@ -389,10 +396,32 @@ def counts(problem: Problem, tile: Tile) -> Counts:
     )
 
 
+def _unevenness(problem: Problem, tile: Tile) -> tuple[float, float]:
+    """Of two threads the busier one's time against half of all: to form z, and to multiply it."""
+    wanted, axes = wanted_of(problem), map_of(problem, tile).axes
+    if not wanted & OUTPUT:  # parts of the blocks are tasks of their own
+        return 1.0, 1.0
+    targets = problem.batch * prod(axis.phases * axis.tiles for axis in axes)
+    if not channels(problem, tile.transposed).lanewise:
+        targets *= problem.geometry.groups
+    if targets == 1 and wanted == OUTPUT:  # both form z, for columns of their own
+        return 2.0, 1.0
+    busier = max(-(-targets // 2), -(-targets // tile.slices) if wanted != OUTPUT else 0)
+    return 2 * busier / targets, 2 * busier / targets
+
+
+_MULTIPLIED = {"multiplied", "written"}
+_SHARED = {"packed"}
+
+
 def seconds(problem: Problem, tile: Tile) -> float:
-    """Estimated, on one machine's threads."""
-    pairs = zip(counts(problem, tile), _PRICES, strict=True)
-    return sum(count * price for count, price in pairs) + CALL
+    """Estimated, on two threads."""
+    formed, multiplied = _unevenness(problem, tile)
+    total = CALL
+    for name, count, price in zip(Counts._fields, counts(problem, tile), _PRICES, strict=True):
+        uneven = 1.0 if name in _SHARED else multiplied if name in _MULTIPLIED else formed
+        total += uneven * count * price
+    return total
 
 
 def _slices(problem: Problem, size: Channels, lanes: int) -> tuple[int, int]:
