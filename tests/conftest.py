@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import host_build
+from . import host_build, interpreter
 
 # Before triton is imported and the CUDA library loaded: without a GPU, Triton's kernels are executed by
 # its interpreter and those of csrc/ by the host, built by its own compiler.
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
     if shutil.which("g++") and "HYPERCONV_CUDA_LIBRARY" not in os.environ:
         os.environ["HYPERCONV_CUDA_LIBRARY"] = str(host_build.build())
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    interpreter.quicken()
 
 # Workers beside each other would fight for the cores that their threads wait on.
 if "PYTEST_XDIST_WORKER" in os.environ:
