@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -78,6 +79,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if (parameters.get("backend"), parameters.get("algorithm")) != ("cpu", "fft"):
             raise
         pytest.skip(str(error))
+
+
+def sampled(rows: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
+    """`rows` of parametrize: `make test` runs those that are kept, `make sweep` the others.
+
+    For rows that take long and differ in what hardly ever fails by itself.
+    """
+
+    def other(row: Any) -> Any:
+        return pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.sweep)
+
+    return [row if kept(row) else other(row) for row in rows]
 
 
 def needs(backend: str) -> pytest.MarkDecorator:

@@ -20,6 +20,7 @@ from hyperconv_ext.ops import mlp
 from hyperconv_ext.problem import OPS
 
 from . import host_build
+from .conftest import sampled
 from .oracle import relative_error
 from .test_cuda_tiles import GEOMETRY, RUNS, operands_of, problem_for, run_tile, tile_for
 
@@ -125,7 +126,8 @@ def test_operators_under_the_sanitizers() -> None:
     assert passed is not None and int(passed[1]) > 100, result.stdout[-3000:]
 
 
-# (file, a check, the check taken out): elements outside an input, an output, a channel block.
+# (file, a check, the check taken out): elements outside an input, an output, a channel block. Without its
+# check, lattice.cuh compiles every file again.
 _BOUNDS = (
     ("basis_conv.cu", "if (channel >= p_.y_channels) return;", ""),
     ("basis_conv.cu", "if (!is_output(p_.map, block_, at)) continue;", ""),
@@ -164,7 +166,11 @@ def test_the_case_without_a_fault() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "check", "without"), _BOUNDS, ids=[f"{f}-{c}" for f, c, _ in _BOUNDS])
+@pytest.mark.parametrize(
+    ("file", "check", "without"),
+    sampled(_BOUNDS, lambda row: row in (_BOUNDS[0], _BOUNDS[-1])),
+    ids=[f"{f}-{c}" for f, c, _ in _BOUNDS],
+)
 def test_a_missing_bounds_check_is_found(file: str, check: str, without: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
