@@ -1,4 +1,5 @@
-# make test, make oldest, make bench: set up a virtual environment, then test or measure. make gpu: see README.md.
+# make test, make oldest, make bench: set up a virtual environment, then test or measure. make sweep: the rest
+# of the tests' long rows. make gpu: see README.md.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test oldest oldest-quick bench wheel lint aot gpu gpu-quick clean
+.PHONY: setup test sweep oldest oldest-quick bench wheel lint aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
@@ -25,11 +26,16 @@ $(ENGINE): setup.py $(wildcard csrc/cpu/*)
 		$(BIN)/python setup.py -q build_ext --inplace
 
 # What times the host comes last and alone: busy neighbours would be measured, too.
+XDIST := -n $(WORKERS) --dist worksteal
 test: $(READY) $(ENGINE)
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10 -m "not alone"
+	$(BIN)/python -m pytest tests $(XDIST) --durations=10 -m "not alone and not sweep"
 	$(BIN)/python -m pytest tests -q -m alone
 
-# The same with the oldest torch and Triton that pyproject.toml promises, in an environment of its own.
+# What `make test` leaves out: the cases, minutes each or many, of which it runs a sample.
+sweep: $(READY) $(ENGINE)
+	$(BIN)/python -m pytest tests $(XDIST) --durations=10 -m sweep
+
+# All of them with the oldest torch and Triton that pyproject.toml promises, in an environment of its own.
 # PyPI has this torch for CUDA only, several GB; it runs on a CPU.
 OLDEST ?= .venv-oldest
 OLDEST_REQUIREMENTS := "torch==2.10.*" "triton==3.6.*" "numpy<2.4"
@@ -43,10 +49,10 @@ $(OLDEST)/.ready: pyproject.toml
 
 oldest oldest-quick: BIN := $(OLDEST)/bin
 oldest: $(OLDEST)/.ready $(ENGINE)
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=10 -m "not alone"
+	$(BIN)/python -m pytest tests $(XDIST) --durations=10 -m "not alone"
 
 oldest-quick: $(OLDEST)/.ready $(ENGINE)
-	$(BIN)/python -m pytest $(OLDEST_QUICK) -q -n $(WORKERS) --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest $(OLDEST_QUICK) -q $(XDIST) -m "not alone and not sweep"
 
 bench: $(READY) $(ENGINE)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from . import host_build
+from . import host_build, interpreter
 
 # Before triton is imported and the CUDA library loaded: without a GPU, Triton's kernels are executed by
 # its interpreter and those of csrc/ by the host, built by its own compiler.
@@ -18,6 +20,8 @@ if not torch.cuda.is_available():
     if shutil.which("g++") and "HYPERCONV_CUDA_LIBRARY" not in os.environ:
         os.environ["HYPERCONV_CUDA_LIBRARY"] = str(host_build.build())
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    interpreter.quicken()
 
 # Workers beside each other would fight for the cores that their threads wait on.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -75,6 +79,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if (parameters.get("backend"), parameters.get("algorithm")) != ("cpu", "fft"):
             raise
         pytest.skip(str(error))
+
+
+def sampled(rows: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
+    """`rows` of parametrize: `make test` runs those that are kept, `make sweep` the others.
+
+    For rows that take long and differ in what hardly ever fails by itself.
+    """
+
+    def other(row: Any) -> Any:
+        return pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.sweep)
+
+    return [row if kept(row) else other(row) for row in rows]
 
 
 def needs(backend: str) -> pytest.MarkDecorator:

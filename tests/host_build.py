@@ -40,7 +40,7 @@ BINDING = [
 VARIANTS = {
     "plain": ["-O2", "-g1"],
     "sanitized": [
-        *("-O1", "-g", "-fno-omit-frame-pointer"),
+        *("-O1", "-g1", "-fno-omit-frame-pointer"),
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ],
 }
@@ -84,9 +84,11 @@ def library(
 
     `sources`: the folder of their headers; `key`: what else the result depends on.
     """
-    compile_flags = [*COMMON, *VARIANTS[variant], f"-I{RUNTIME}", f"-I{sources}", *flags]
+    own = [*COMMON, *VARIANTS[variant], *flags]
+    compile_flags = [*own, f"-I{RUNTIME}", f"-I{sources}"]
     headers = sorted([*RUNTIME.glob("*.h"), *sources.glob("*.cuh"), *sources.glob("*.h")])
-    common = _digest([COMPILER, *compile_flags, *key], headers)
+    # Not where the sources are: a copy of them is compiled where it differs.
+    common = _digest([COMPILER, *own, *key], headers)
     compiled = {path: _digest([common], [path]) for path in [*files, RUNTIME / "runtime.cpp"]}
     linked = _digest([*compiled.values(), *libraries], [])
     target = BUILDS / f"{variant}-{linked}" / name

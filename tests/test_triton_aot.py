@@ -15,11 +15,12 @@ import pytest
 pytest.importorskip("triton")
 
 from . import bounds_file
+from .conftest import sampled
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", sampled((80, 90, 100), lambda number: number == 90))
 def test_every_configuration_compiles_clean(capability: int) -> None:
     """In a process of its own: the interpreter and the compiler exclude each other.
 
