@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..geometry import Geometry
-from ..transforms import in_rule
+from ..transforms import Function, in_rule
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     generate_vmap_rule = True
 
     @staticmethod

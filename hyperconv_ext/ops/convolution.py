@@ -27,6 +27,7 @@ from ..autocast import for_autocast
 from ..backends import reference
 from ..geometry import Geometry
 from ..problem import JOINT, OPS, Wanted, WeightShape, weight_shape
+from ..transforms import Function
 from .execution import (
     BIASED,
     INPUT,
@@ -44,7 +45,6 @@ from .execution import (
     split_joint_arguments,
 )
 from .registry import (
-    Function,
     can_skip_dispatch,
     exporting,
     register,

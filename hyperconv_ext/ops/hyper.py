@@ -17,6 +17,7 @@ from .. import backends, planner
 from ..autocast import for_autocast
 from ..geometry import Geometry
 from ..problem import Plan, Wanted
+from ..transforms import Function
 from . import mlp as mlp_operators
 from . import sharding
 from .convolution import basis_conv, bias_gradient, call, gradients, may_join, weight_of
@@ -32,7 +33,6 @@ from .execution import (
     slot_of,
 )
 from .registry import (
-    Function,
     can_skip_dispatch,
     exporting,
     register,

@@ -14,8 +14,8 @@ from ..autocast import without_autocast
 from ..backends import reference
 from ..caching import memoize
 from ..problem import Device
+from ..transforms import Function
 from .registry import (
-    Function,
     can_skip_dispatch,
     exporting,
     register,
@@ -52,6 +52,10 @@ class CoordinateMLPFunction(Function):
     ) -> Tensor:
         operator = torch.ops.hyperconv_ext.coordinate_mlp_fwd
         weights, biases = parameters[:layers], parameters[layers:]
+        if can_skip_dispatch((coordinates, *parameters)):
+            found = engine_of(coordinates, weights, backend)
+            if found is not None:
+                return _run(found.coordinate_mlp_fwd, coordinates, weights, biases, *settings, constant)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(coordinates, weights, biases, *settings, constant, backend)
 
@@ -146,14 +150,14 @@ def backward(
         return list(torch.func.vjp(function, *weights, *biases)[1](grad))
     operands = (grad, coordinates, weights, biases, *settings)
     if can_skip_dispatch((grad, coordinates, *weights, *biases)):
-        return _run_backward(found, *operands)
+        return _run(found.coordinate_mlp_bwd, *operands)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.hyperconv_ext.coordinate_mlp_bwd(*operands, backend)
 
 
 @untraced
-def _run_backward(engine: ModuleType, *operands: Any) -> list[Tensor]:
-    return engine.coordinate_mlp_bwd(*operands)
+def _run(kernel: Callable[..., Any], *operands: Any) -> Any:
+    return kernel(*operands)
 
 
 def coordinate_mlp(
@@ -214,7 +218,7 @@ def _register() -> None:
                 f"coordinate_mlp_bwd: expected an MLP that a kernel of backend={backend!r} evaluates; "
                 f"differentiate coordinate_mlp_fwd instead"
             )
-        return _run_backward(engine, grad, *operands)
+        return _run(engine.coordinate_mlp_bwd, grad, *operands)
 
     def forward_fake(*args: Any) -> Tensor:
         coordinates, weights, *_, constant, _ = args

@@ -14,11 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.utils import _pytree as pytree
 
 from ..backends.cuda import schemas
-from ..transforms import in_rule
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,24 +51,6 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     return function
-
-
-class Function(torch.autograd.Function):
-    """An autograd function whose `apply` does not look its signature up at every call.
-
-    torch.autograd.Function binds default arguments by `inspect.signature`, which takes longer than all
-    else that a launch does on the host. There are none here.
-    """
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """The function of `args`, recorded."""
-        if not torch._C._are_functorch_transforms_active():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        if not in_rule():
-            return super().apply(*args)
-        with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def transforming() -> bool:
