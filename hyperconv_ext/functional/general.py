@@ -127,7 +127,7 @@ def convolve(
     key = None
     if isinstance(kernel, ops.Mlp):
         key = _key(input, coefficients, kernel, bias, place)
-        step = _steps.get(key)
+        step = None if key is None else _steps.get(key)
         if step is not None:
             return step(input, coefficients, kernel, bias)
     sizes, columns = meta("input", input), meta("coefficients", coefficients)
