@@ -544,9 +544,9 @@ def outruns_dense(weight: WeightShape) -> bool:
 
     Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
     what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded. Where
-    source channels are few, moving data counts more than multiplying; but with one to four the library's
-    gradients take even longer. Of 110 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two threads of
-    a Zen 4, forward and step, W built each time) those within the margins were level or ahead.
+    source channels are few, moving data counts more than multiplying; but with one to four the library
+    takes even longer, its gradients most. Of 110 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two
+    threads of a Zen 4, forward and step, W built each time) those within the margins were level or ahead.
     """
     if 0 < weight.work <= _TINY:
         return True
@@ -558,8 +558,8 @@ def outruns_dense(weight: WeightShape) -> bool:
     few = weight.inputs < 16
     columns = weight.outputs if few else _up(weight.outputs, 16)
     ratio = taps * columns / (rank * (columns + formed))
-    if weight.inputs <= 4 and weight.trained:
-        return ratio > 0.8 * margin
+    if weight.inputs <= 4:
+        return ratio > (0.8 if weight.trained else 1.0) * margin
     if (
         weight.strides > 1 and weight.trained
     ):  # a step multiplies at every input position for the gradient there
