@@ -546,7 +546,7 @@ def outruns_dense(weight: WeightShape) -> bool:
     what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded. Where
     source channels are few, moving data counts more than multiplying; but with one to four the library
     takes even longer, its gradients most. Of 110 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two
-    threads of a Zen 4, forward and step, W built each time) those within the margins were level or ahead.
+    threads of a Zen 4, forward and step, W built anew) those within the margins were level or ahead.
     """
     if 0 < weight.work <= _TINY:
         return True
