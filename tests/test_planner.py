@@ -6,13 +6,16 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from math import inf, prod
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import shapes
 from hyperconv_ext import planner
 from hyperconv_ext.backends import BACKENDS, cuda, triton
 from hyperconv_ext.backends.cpu import library as cpu_library
+from hyperconv_ext.backends.cpu import tiles as cpu_tiles
 from hyperconv_ext.backends.cuda import library
 from hyperconv_ext.backends.cuda import tiles as cuda_tiles
 from hyperconv_ext.backends.triton import tiles
@@ -156,6 +159,25 @@ def test_workspaces_stay_below_the_weight(kernel: int, channels: int) -> None:
         splits, atomic = tiles.split_basis(demanded, tile)
         assert splits >= 1 and not (atomic and deterministic)
         assert atomic or splits == 1 or splits * chunks * 5 * kernel**2 < weight
+
+
+def test_what_the_cpu_engine_outruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(taps: int, inputs: int, outputs: int, **rest: Any) -> bool:
+        return cpu_tiles.outruns_dense(WeightShape(taps, inputs, outputs, 5, **{"width": 4} | rest))
+
+    assert taken(9, 64, 64, work=10**9) and not taken(9, 8, 8, work=10**9) and not taken(1, 64, 64)
+    assert taken(9, 8, 8, work=10**6) and taken(1, 64, 64, work=10**6)  # which W would not be worth
+    assert taken(25, 1, 8, work=10**9) and not taken(9, 1, 8, work=10**9)
+    assert taken(9, 1, 8, work=10**9, trained=True) and not taken(9, 8, 16, work=10**9, trained=True)
+    assert taken(9, 64, 128, strides=4) and not taken(9, 64, 128, strides=4, trained=True)
+    amx = False
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for instructions, expected in (("avx512_bf16", True), ("avx512", False)):
+        monkeypatch.setattr(cpu_library, "capability", lambda name=instructions: name)
+        assert taken(9, 128, 128, width=2) is expected
+        assert taken(121, 128, 128, width=2)
+    amx = True
+    assert not taken(25, 128, 128, width=2) and taken(25, 128, 128)
 
 
 def _prefers_dense(taps: int, channels: int, rank: int = 5, kind: str = "cpu") -> bool:
