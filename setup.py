@@ -46,6 +46,8 @@ X86_LEVELS = {
     "kAvx512": AVX512,
     "kAvx512Bf16": [*AVX512, "-mavx512bf16"],
 }
+# Instructions that not every compiler knows (GCC from 10 on), and how library.cpp hears of their level.
+NEWEST, HAS_NEWEST = "kAvx512Bf16", "-DHYPERCONV_AVX512_BF16"
 # The C++ library, of which nothing is used, is not asked for when loading.
 CPU_LINK_FLAGS = ["-shared", *(["-Wl,-z,defs,--as-needed"] if sys.platform == "linux" else [])]
 
@@ -137,14 +139,22 @@ def cuda_commands(sources: Sequence[str], folder: Path) -> tuple[Commands, list[
     return commands, [*call, *CUDA_LINK_FLAGS, *objects, f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"]
 
 
+def knows(call: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether a compiler takes these flags."""
+    command = [*call, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+
+
 def cpu_commands(sources: Sequence[str], folder: Path) -> tuple[Commands, list[str]]:
     """How to compile the CPU engine into `folder`, and to link it."""
     levels = LEVELS | (X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {})
     call = [*find_compiler(), *CPU_FLAGS]
+    if NEWEST in levels and not knows(call, levels[NEWEST]):
+        del levels[NEWEST]
     commands = {}
     for source in sources:
         stem = Path(source).stem
-        variants = {stem: []}
+        variants = {stem: [HAS_NEWEST] if NEWEST in levels else []}
         if stem == "level":
             variants = {name: [*flags, f"-DHYPERCONV_LEVEL={name}"] for name, flags in levels.items()}
         for name, flags in variants.items():

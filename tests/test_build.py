@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -180,8 +181,10 @@ def test_levels_of_instructions(
 ) -> None:
     monkeypatch.setattr(setup.platform, "machine", lambda: machine)
     monkeypatch.setattr(setup, "find_compiler", lambda: ["g++", "-m64"])
+    monkeypatch.setattr(setup, "knows", lambda call, flags: True)
     sources = ["csrc/cpu/level.cpp", "csrc/cpu/library.cpp"]
     commands, link = setup.cpu_commands(sources, Path("made"))
+    assert (setup.HAS_NEWEST in commands[sources[1], "made/library.o"]) == (setup.NEWEST in levels)
     objects = [f"made/{name}.o" for name in (*levels, "library")]
     assert [made for _, made in commands] == objects
     assert all(command[:2] == ["g++", "-m64"] for command in [*commands.values(), link])
@@ -192,6 +195,20 @@ def test_levels_of_instructions(
         assert ("-mfma" in command) == (name != "kBaseline")
         assert ("-mavx512f" in command) == name.startswith("kAvx512")
         assert ("-mavx512bf16" in command) == (name == "kAvx512Bf16")
+
+
+def test_a_compiler_that_does_not_know_the_newest_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(setup, "find_compiler", lambda: ["g++"])
+    monkeypatch.setattr(setup, "knows", lambda call, flags: "-mavx512bf16" not in flags)
+    commands, link = setup.cpu_commands(["csrc/cpu/level.cpp", "csrc/cpu/library.cpp"], Path("made"))
+    assert [made for _, made in commands] == [
+        f"made/{name}.o" for name in ("kBaseline", "kAvx2", "kAvx512", "library")
+    ]
+    assert not any(setup.HAS_NEWEST in command for command in commands.values())
+    assert "made/kAvx512Bf16.o" not in link
 
 
 @pytest.mark.parametrize("ninja", [True, False])
@@ -308,7 +325,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked sdist."""
     folder = tmp_path_factory.mktemp("sdist")
     command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "-d", folder]
-    _python(*command, folder=ROOT, **NO_ENGINE)  # what the sdist holds does not depend on it
+    with (tmp_path_factory.getbasetemp().parent / "sdist.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the first would take the other's tree away
+        _python(*command, folder=ROOT, **NO_ENGINE)  # what the sdist holds does not depend on it
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
@@ -370,6 +389,12 @@ y = conv(x)
 conv.backend = "reference"
 print(library.__file__, library.capability(), torch.allclose(conv(x), y, atol=1e-5), library.reason())
 """
+
+
+@needs_compiler
+def test_which_flags_a_compiler_knows() -> None:
+    assert setup.knows(setup.find_compiler(), ["-O2"])
+    assert not setup.knows(setup.find_compiler(), ["-mno-such-instructions"])
 
 
 @pytest.mark.slow

@@ -47,7 +47,11 @@ def _build(folder: Path, capability: str, optimization: str, sources: Path = SOU
     (folder / "left_out.cpp").write_text(LEFT_OUT.format(engines=others))
     common = [host_build.COMPILER, *FLAGS, *SANITIZED, optimization, f"-I{sources}", "-c"]
     own = [*levels[level], f"-DHYPERCONV_LEVEL={level}"]
-    work = [(sources / "level.cpp", own), (sources / "library.cpp", []), (folder / "left_out.cpp", [])]
+    work = [
+        (sources / "level.cpp", own),
+        (sources / "library.cpp", [setup.HAS_NEWEST]),
+        (folder / "left_out.cpp", []),
+    ]
 
     def compiled(item: tuple[Path, list[str]]) -> str:
         source, flags = item

@@ -24,8 +24,10 @@ bool has_avx512() {
 // Best first.
 const Level kLevels[] = {
 #if defined(__x86_64__)
+#ifdef HYPERCONV_AVX512_BF16  // where the compiler knows them
     {"avx512_bf16", &hyperconv::kAvx512Bf16,
      [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
     {"avx512", &hyperconv::kAvx512, has_avx512},
     {"avx2", &hyperconv::kAvx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
