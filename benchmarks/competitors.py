@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, functional, ops, planner
 from hyperconv_ext.backends import BACKENDS
+from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.modules import HyperConvNd
-from hyperconv_ext.problem import JOINT, OPS, Plan, Problem
+from hyperconv_ext.problem import JOINT, OPS, Device, Op, Plan, Problem
 
 from . import machine
 from .fourier import FourierConv
@@ -217,12 +218,27 @@ def plans(layer: HyperConvNd, input: Tensor, phase: str, algorithm: str = "auto"
     """
     _, geometry = layer.geometry(input)
     coefficients = layer.coefficients
-    weight = ops.weight_of(input, coefficients, geometry, transposed=False)
-    if planner.resolve(layer.backend, algorithm, input.device.type, weight) == "reference":
+    if ops.resolve(input, coefficients, geometry, layer.backend, algorithm) == "reference":
         return ()
     basis = coefficients.new_empty((coefficients.shape[2], *layer.kernel_size))
-    problem = ops.problem_of(0, (input, coefficients, basis), geometry)
-    return planned(problem, phase, layer.backend, algorithm)
+    forward = ops.problem_of(0, (input, coefficients, basis), geometry)
+    return planned(forward, phase, layer.backend, algorithm)
+
+
+def problem(
+    shape: Shape,
+    op: Op,
+    dtype: str,
+    device: Device,
+    tf32: bool = False,
+    aligned: bool = False,
+) -> Problem:
+    """An operator on a shape, as numbers."""
+    stride, dilation = (shape.stride,) * shape.dims, (shape.dilation,) * shape.dims
+    sizes = (shape.size, shape.kernel_size, stride, shape.padding, dilation)
+    geometry = Geometry.conv(*sizes, shape.groups)
+    channels = shape.in_channels, shape.out_channels
+    return Problem(op, geometry, shape.batch, *channels, shape.rank, dtype, device, aligned, tf32)
 
 
 def planned(forward: Problem, phase: str, backend: str, algorithm: str) -> tuple[Plan, ...]:

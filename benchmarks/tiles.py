@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
+from hyperconv_ext.backends import dtype_name
 from hyperconv_ext.backends.cpu import launch, tiles
-from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import OPS, Device, Plan, Problem
 
-from . import machine
-from .competitors import DTYPES
+from . import competitors, machine
 from .shapes import CPU, Shape
 
 _SECONDS = 1.0  # for all tiles of one algorithm, at least three rounds
@@ -50,13 +49,9 @@ UNSEEN = (
 
 def problem(shape: Shape, dtype: str, gradients: bool) -> Problem:
     """The forward pass of a layer, or all its gradients together, on a CPU."""
-    dims = shape.dims
-    spaces = (shape.stride,) * dims, shape.padding, (shape.dilation,) * dims
-    geometry = Geometry.conv(shape.size, shape.kernel_size, *spaces, shape.groups)
-    geometry = geometry.trimmed[0] if geometry.trimmed else geometry
-    channels = shape.batch, shape.in_channels, shape.out_channels, shape.rank
-    name = str(DTYPES[dtype]).removeprefix("torch.")
-    forward = Problem(OPS[0], geometry, *channels, name, Device("cpu"))
+    forward = competitors.problem(shape, OPS[0], dtype_name(competitors.DTYPES[dtype]), Device("cpu"))
+    if forward.geometry.trimmed:
+        forward = replace(forward, geometry=forward.geometry.trimmed[0])
     return replace(forward, op=OPS[1], wanted=(True, True, True)) if gradients else forward
 
 
@@ -82,7 +77,7 @@ def _tried(found: Problem, algorithm: str) -> list[tiles.Tile]:
 
 def _calls(shape: Shape, dtype: str, plans: Sequence[Plan]) -> list[Callable[[], object]]:
     """What the plans compute, of the same tensors."""
-    geometry, kind = plans[0].problem.geometry, DTYPES[dtype]
+    geometry, kind = plans[0].problem.geometry, competitors.DTYPES[dtype]
 
     def activation(channels: int, size: Sequence[int]) -> torch.Tensor:
         fresh = torch.randn(shape.batch, *size, channels).to(kind)

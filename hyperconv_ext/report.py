@@ -41,9 +41,10 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     with torch.no_grad():
         coefficients, basis = conv.kernel()
         batched, geometry = conv.geometry(input)
-    weight = ops.weight_of(batched, coefficients, geometry, conv.transposed)
-    if planner.resolve(name, conv.algorithm, input.device.type, weight) == "reference":
-        cheaper = f"cheaper at {geometry.taps} taps of rank {weight.rank} on {input.device.type}"
+    operands = (batched, coefficients, geometry)
+    if ops.resolve(*operands, name, conv.algorithm, conv.transposed) == "reference":
+        rank = coefficients.shape[2]
+        cheaper = f"cheaper at {geometry.taps} taps of rank {rank} on {input.device.type}"
         return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
     forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from benchmarks import shapes
+from benchmarks import competitors, shapes
 from hyperconv_ext.backends.cuda import tiles as cuda_tiles
 from hyperconv_ext.backends.triton import tiles as triton_tiles
 from hyperconv_ext.geometry import Geometry
@@ -37,11 +37,7 @@ def shaped(
     device: Device = H200,
 ) -> Problem:
     """An operator on a benchmark's shape."""
-    stride, dilation = (shape.stride,) * shape.dims, (shape.dilation,) * shape.dims
-    sizes = (shape.size, shape.kernel_size, stride, shape.padding, dilation)
-    geometry = Geometry.conv(*sizes, shape.groups)
-    channels = shape.in_channels, shape.out_channels
-    return Problem(op, geometry, shape.batch, *channels, shape.rank, dtype, device, aligned, tf32)
+    return competitors.problem(shape, op, dtype, device, tf32, aligned)
 
 
 def shares_of(plan: Plan) -> tuple[int, bool]:

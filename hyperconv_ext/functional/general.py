@@ -76,33 +76,14 @@ def _checked(
     return geometry(input, kernel.shape[1:], *spaces, groups)
 
 
-_steps: dict[Hashable, ops.Step] = {}  # of operands that are known to be sound
+_steps: dict[Hashable, ops.Step | None] = {}  # of operands that are known to be sound
 _MOST_STEPS = 4096
 
 
-def _key(
-    input: Tensor,
-    coefficients: Tensor,
-    mlp: ops.Mlp,
-    bias: Tensor | None,
-    place: tuple[Any, ...],
-) -> Hashable:
-    """What a step of such operands at such a place is kept by; None: by nothing."""
-    known = ops.step_key(input, coefficients, mlp, bias, place[4])
-    if known is None:
-        return None
-    try:
-        hash(place)
-    except TypeError:  # lists
-        return None
-    return known, place
-
-
 def _keep(key: Hashable, step: ops.Step | None) -> None:
-    if step is not None:
-        if len(_steps) >= _MOST_STEPS:
-            _steps.clear()
-        _steps[key] = step
+    if len(_steps) >= _MOST_STEPS:
+        _steps.clear()
+    _steps[key] = step
 
 
 def convolve(
@@ -124,10 +105,15 @@ def convolve(
     transposed convolution (stride, padding, output_padding, dilation).
     """
     place = (dims, kernel_size, spaces, groups, backend, algorithm, transposed)
-    key = None
+    key = step = None
     if isinstance(kernel, ops.Mlp):
-        key = _key(input, coefficients, kernel, bias, place)
-        step = None if key is None else _steps.get(key)
+        state = ops.step_key(input, coefficients, kernel, bias, backend)
+        if state is not None:
+            key = (state, place)
+            try:
+                step = _steps.get(key)
+            except TypeError:  # it holds lists
+                key = None
         if step is not None:
             return step(input, coefficients, kernel, bias)
     sizes, columns = meta("input", input), meta("coefficients", coefficients)
@@ -142,7 +128,7 @@ def convolve(
     batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)
     rest = (bias, geometry, backend, algorithm, transposed)
     if isinstance(kernel, ops.Mlp):
-        if key is not None and batched is input:
+        if key is not None and key not in _steps and batched is input:
             _keep(key, ops.step(input, coefficients, kernel, *rest))
         output = ops.hyper_conv(batched, coefficients, kernel, *rest)
     else:

@@ -1,7 +1,7 @@
 """The operators: schemas, fakes, autograd and autocast. Nothing else in the package registers any."""
 
 from . import flops, sharding
-from .convolution import basis_conv, form, weight_of
+from .convolution import basis_conv, form, resolve
 from .execution import problem_of
 from .hyper import Mlp, Step, hyper_conv, step, step_key
 from .mlp import coordinate_mlp
@@ -17,8 +17,8 @@ __all__ = [
     "hyper_conv",
     "keep_operators",
     "problem_of",
+    "resolve",
     "sharding",
     "step",
     "step_key",
-    "weight_of",
 ]

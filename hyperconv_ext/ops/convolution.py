@@ -26,7 +26,7 @@ from .. import backends, planner
 from ..autocast import for_autocast
 from ..backends import reference
 from ..geometry import Geometry
-from ..problem import JOINT, OPS, Wanted, WeightShape, weight_shape
+from ..problem import JOINT, OPS, Wanted, weight_shape
 from ..transforms import Function
 from .execution import (
     BIASED,
@@ -214,11 +214,19 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.sum([0, *range(2, grad.dim())]).to(dtype)
 
 
-def weight_of(input: Tensor, coefficients: Tensor, geometry: Geometry, transposed: bool) -> WeightShape:
-    """W as it would be built for this input."""
+def resolve(
+    input: Tensor,
+    coefficients: Tensor,
+    geometry: Geometry,
+    backend: str,
+    algorithm: str,
+    transposed: bool = False,
+) -> str:
+    """As `planner.resolve`, for W as it would be built for this input."""
     batch = 0 if torch.compiler.is_compiling() else input.shape[0]  # a graph may meet others
     choice = (input.dtype.itemsize, batch, torch.is_grad_enabled())
-    return weight_shape(coefficients.shape, geometry, transposed, *choice)
+    weight = weight_shape(coefficients.shape, geometry, transposed, *choice)
+    return planner.resolve(backend, algorithm, input.device.type, weight)
 
 
 def basis_conv(
@@ -241,8 +249,7 @@ def basis_conv(
     """
     input, coefficients = for_autocast(input), for_autocast(coefficients)
     bias = None if bias is None else for_autocast(bias)
-    weight = weight_of(input, coefficients, geometry, transposed)
-    backend = planner.resolve(backend, algorithm, input.device.type, weight)
+    backend = resolve(input, coefficients, geometry, backend, algorithm, transposed)
     if exporting():
         return reference.basis_conv(input, coefficients, basis, bias, geometry, transposed)
     if backend == "reference":

@@ -20,7 +20,7 @@ from ..problem import Plan, Wanted
 from ..transforms import Function
 from . import mlp as mlp_operators
 from . import sharding
-from .convolution import basis_conv, bias_gradient, call, gradients, may_join, weight_of
+from .convolution import basis_conv, bias_gradient, call, gradients, may_join, resolve
 from .execution import (
     GEOMETRY_SCHEMA,
     flatten,
@@ -71,9 +71,7 @@ class HyperConvFunction(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        compute: _Compute,
-        step: Step | None,
-        choice: _Choice,
+        step: Step,
         settings: mlp_operators.Settings,
         bias: Tensor | None,
         input: Tensor,
@@ -83,17 +81,18 @@ class HyperConvFunction(Function):
     ) -> tuple[Tensor, Tensor]:
         layers = len(parameters) // 2
         mlp = (coordinates, parameters[:layers], parameters[layers:], *settings)
-        output, basis = compute(input, coefficients, *mlp, bias)
-        ctx.rest = step, choice, settings, None if bias is None else bias.dtype
+        output, basis = step.compute(input, coefficients, *mlp, bias)
+        ctx.rest = step, settings, None if bias is None else bias.dtype
         ctx.save_for_backward(input, coefficients, coordinates, basis, *parameters)
         ctx.set_materialize_grads(False)
         return output, basis
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        step, (transposed, geometry, backend, algorithm), settings, bias_dtype = ctx.rest
+        step, settings, bias_dtype = ctx.rest
+        transposed, geometry, backend, algorithm = step.choice
         input, coefficients, coordinates, basis, *parameters = ctx.saved_tensors
-        needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[4:]
+        needs_bias, needs_input, needs_coefficients, _, *needs_parameters = ctx.needs_input_grad[2:]
         grad, basis_grad = grads
         bias_grad = input_grad = coefficients_grad = None
         if grad is not None:
@@ -102,7 +101,7 @@ class HyperConvFunction(Function):
             wanted = (needs_input, needs_coefficients, any(needs_parameters))
             choice = (slot_of(transposed), wanted, geometry, backend, algorithm)
             operands = (grad, input, coefficients, basis.view(-1, *geometry.kernel_size))
-            plan = None if step is None else step.joint_plan(wanted, *operands)
+            plan = step.joint_plan(wanted, *operands)
             if plan is None:
                 results = gradients(*choice, *operands)
             else:
@@ -117,7 +116,7 @@ class HyperConvFunction(Function):
             layers = parameters[:half], parameters[half:]
             rest = (coordinates, *layers, *settings, backend)
             parameter_grads = mlp_operators.backward(basis_grad, *rest)
-        return *(None,) * 4, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
+        return *(None,) * 2, bias_grad, input_grad, coefficients_grad, None, *parameter_grads
 
 
 def hyper_conv(
@@ -131,10 +130,9 @@ def hyper_conv(
     transposed: bool = False,
 ) -> Tensor:
     """`basis_conv` whose phi is that of `mlp`, with the constant function if A has a column for it."""
-    coordinates, weights, biases = mlp[:3]
+    coordinates, weights = mlp[:2]
     rank, evaluator = coefficients.shape[2], backend
-    weight = weight_of(input, coefficients, geometry, transposed)
-    backend = planner.resolve(backend, algorithm, input.device.type, weight)
+    backend = resolve(input, coefficients, geometry, backend, algorithm, transposed)
     compute = None
     if backend != "reference" and not coordinates.requires_grad and not exporting():
         if torch._C._is_any_autocast_enabled():
@@ -148,10 +146,9 @@ def hyper_conv(
         shaped = basis.view(-1, *geometry.kernel_size)
         where = (geometry, backend, algorithm, transposed)
         return basis_conv(input, coefficients, shaped, bias, *where)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return compute(input, coefficients, *mlp, bias)[0]
-    operands = (bias, input, coefficients, coordinates, *weights, *biases)
-    return HyperConvFunction.apply(compute, None, choice, mlp[3:], *operands)[0]
+    return Step(compute, choice)(input, coefficients, mlp, bias)
 
 
 def _computation(
@@ -206,16 +203,16 @@ class Step:
     """
 
     def __init__(self, compute: _Compute, choice: _Choice) -> None:
-        self._compute, self._choice = compute, choice
+        self.compute, self.choice = compute, choice
         self._joint_plans: dict[tuple[Any, ...], Plan | None] = {}
 
     def __call__(self, input: Tensor, coefficients: Tensor, mlp: Mlp, bias: Tensor | None) -> Tensor:
         """The output for operands with the `step_key` that this is kept by."""
         if not torch.is_grad_enabled():
-            return self._compute(input, coefficients, *mlp, bias)[0]
+            return self.compute(input, coefficients, *mlp, bias)[0]
         coordinates, weights, biases, *settings = mlp
         operands = (bias, input, coefficients, coordinates, *weights, *biases)
-        return HyperConvFunction.apply(self._compute, self, self._choice, settings, *operands)[0]
+        return HyperConvFunction.apply(self, settings, *operands)[0]
 
     def joint_plan(self, wanted: Wanted, *operands: Tensor) -> Plan | None:
         """That of `wanted` gradients where nothing but its kernels is to run; None: `gradients` decides.
@@ -229,7 +226,7 @@ class Step:
         flags = torch.are_deterministic_algorithms_enabled(), backends.tf32_allowed()
         key = (wanted, grad.stride(), grad.dtype, grad.data_ptr() % 16, *flags)
         if key not in self._joint_plans:
-            transposed, geometry, backend, algorithm = self._choice
+            transposed, geometry, backend, algorithm = self.choice
             choice = (slot_of(transposed), wanted, geometry, backend, algorithm)
             joins = may_join(choice[0], wanted, backend, grad)
             self._joint_plans[key] = joint_plan_of(*choice, *operands) if joins else None
@@ -283,11 +280,10 @@ def step(
     transposed: bool = False,
 ) -> Step | None:
     """What does `hyper_conv` of such operands, which have a `step_key`; None: only that does."""
-    weight = weight_of(input, coefficients, geometry, transposed)
-    backend = planner.resolve(backend, algorithm, input.device.type, weight)
-    choice = (transposed, geometry, backend, algorithm)
+    backend = resolve(input, coefficients, geometry, backend, algorithm, transposed)
     if backend == "reference":
         return None
+    choice = (transposed, geometry, backend, algorithm)
     compute = _computation(input, coefficients, mlp, bias, *choice)
     return None if compute is None else Step(compute, choice)
 
@@ -366,8 +362,8 @@ def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
         convolved = call(slot_of(transposed), geometry, *names, bias, input, coefficients, shaped)
         return convolved, basis
     operands = (bias, input, coefficients, coordinates, *weights, *biases)
-    compute = partial(_call_below_autograd, *choice)
-    return HyperConvFunction.apply(compute, None, choice, settings, *operands)
+    step = Step(partial(_call_below_autograd, *choice), choice)
+    return HyperConvFunction.apply(step, settings, *operands)
 
 
 register(_SCHEMA, _kernel, _fake, _autograd)
