@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +95,16 @@ def sampled(rows: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
         return pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.sweep)
 
     return [row if kept(row) else other(row) for row in rows]
+
+
+def passes(*arguments: str, least: int, environment: Mapping[str, str]) -> None:
+    """What pytest chooses by `arguments`, in a process of its own: `least` tests or more, which pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    root, env = Path(__file__).parents[1], dict(environment)
+    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) >= least, result.stdout[-3000:]
 
 
 def needs(backend: str) -> pytest.MarkDecorator:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from hyperconv_ext.backends import reference
 from hyperconv_ext.backends.cpu import library, mlp
 from hyperconv_ext.problem import Device
 
-from .conftest import best_instructions
+from .conftest import best_instructions, passes
 from .oracle import FLOOR, check
 
 pytestmark = pytest.mark.skipif(bool(library.reason()), reason=library.reason())
@@ -291,14 +289,5 @@ _OTHERS = [
 @pytest.mark.parametrize("capability", _OTHERS)
 def test_with_fewer_instructions(capability: str) -> None:
     """All of the above."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, __file__],
-        env=os.environ | {"HYPERCONV_CPU_CAPABILITY": capability},
-        cwd=HEADER.parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert re.search(r"\d{2,} passed", result.stdout), result.stdout[-500:]
+    environment = os.environ | {"HYPERCONV_CPU_CAPABILITY": capability}
+    passes("-p", "no:xdist", __file__, least=10, environment=environment)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import setup
 from hyperconv_ext.backends.cpu import library
 
 from . import host_build
-from .conftest import sampled
+from .conftest import passes, sampled
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cpu"
@@ -66,19 +65,19 @@ def _build(folder: Path, capability: str, optimization: str, sources: Path = SOU
     return path
 
 
-def _run(path: Path, capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with that engine."""
+def _environment(path: Path, capability: str) -> dict[str, str]:
+    """Of a process with that engine."""
     variables = {"HYPERCONV_CPU_LIBRARY": str(path), "HYPERCONV_CPU_CAPABILITY": capability}
     environment = os.environ | host_build.preload("sanitized") | variables
     # Memory that was never written is NaN.
     environment["ASAN_OPTIONS"] += ":max_malloc_fill_size=1073741824:malloc_fill_byte=255"
+    return environment
+
+
+def _python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -94,11 +93,8 @@ def test_operators_under_the_sanitizers(tmp_path: Path) -> None:
     capability = library.capability()
     path = _build(tmp_path / "engine", capability, "-O1")
     files = [f"tests/test_{name}.py" for name in ("operators", "cpu_engine", "cpu_numbers", "cpu_mlp")]
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", CHOSEN]
-    result = _run(path, capability, *command, *files)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) > 300, result.stdout[-3000:]
+    chosen = ("-m", "not slow", "-k", CHOSEN)
+    passes(*chosen, *files, least=301, environment=_environment(path, capability))
 
 
 # (file, a check, what takes its place): beyond an input, an output, a tile; in what was never written.
@@ -134,7 +130,8 @@ raise SystemExit(0 if all(error < 1e-5 for error in errors) else f"errors {error
 
 
 def test_the_case_without_a_fault(tmp_path: Path) -> None:
-    result = _run(_build(tmp_path / "engine", "baseline", "-O0"), "baseline", "-c", CASE)
+    path = _build(tmp_path / "engine", "baseline", "-O0")
+    result = _python(CASE, _environment(path, "baseline"))
     assert result.returncode == 0, result.stderr
 
 
@@ -149,7 +146,8 @@ def test_a_missing_check_is_found(file: str, check: str, instead: str, tmp_path:
     text = (sources / file).read_text()
     assert text.count(check) == 1, f"{file} no longer has exactly one {check!r}"
     (sources / file).write_text(text.replace(check, instead))
-    result = _run(_build(tmp_path / "engine", "baseline", "-O0", sources), "baseline", "-c", CASE)
+    path = _build(tmp_path / "engine", "baseline", "-O0", sources)
+    result = _python(CASE, _environment(path, "baseline"))
     assert result.returncode != 0
     assert "AddressSanitizer: " in result.stderr or "errors [" in result.stderr, result.stderr
 
@@ -170,16 +168,8 @@ def test_with_other_instructions(names: tuple[str, ...], least: int, capability:
     if capability == library.capability():
         pytest.skip(f"{capability} is the level of the other tests")
     environment = os.environ | {"HYPERCONV_CPU_CAPABILITY": capability}
-    python = [
-        sys.executable,
-        "-c",
-        "from hyperconv_ext.backends.cpu import library as l; print(l.reason())",
-    ]
-    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    if reason := subprocess.run(python, check=False, **run).stdout.strip():
+    code = "from hyperconv_ext.backends.cpu import library as l; print(l.reason())"
+    if reason := _python(code, environment).stdout.strip():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu"]
-    result = subprocess.run([*command, *(f"tests/test_{name}.py" for name in names)], check=False, **run)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) >= least, result.stdout[-500:]
+    files = [f"tests/test_{name}.py" for name in names]
+    passes("-k", "cpu", *files, least=least, environment=environment)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from hyperconv_ext.ops import mlp
 from hyperconv_ext.problem import OPS
 
 from . import host_build
-from .conftest import sampled
+from .conftest import passes, sampled
 from .oracle import relative_error
 from .test_cuda_tiles import GEOMETRY, RUNS, operands_of, problem_for, run_tile, tile_for
 
@@ -123,19 +122,9 @@ _SANITIZED = (
 )
 def test_operators_under_the_sanitizers(chosen: str, least: int) -> None:
     """Every operator test and every instantiation again, in a process with both sanitizers."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    command += ["tests/test_operators.py", "tests/test_cuda_tiles.py"]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=_environment("sanitized", ROOT / "csrc"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) >= least, result.stdout[-3000:]
+    files = ("tests/test_operators.py", "tests/test_cuda_tiles.py")
+    environment = _environment("sanitized", ROOT / "csrc")
+    passes("-k", chosen, *files, least=least, environment=environment)
 
 
 # (file, a check, the check taken out): elements outside an input, an output, a channel block. Without

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperconv_ext import HyperConv2d, planner
 from hyperconv_ext.functional import general
@@ -162,26 +161,6 @@ def test_casts_and_transforms_come_later(backend: str, device) -> None:
         return result
 
     assert relative_error(penalty(layer), penalty(reference)) < 1e-4
-
-
-class _Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("backend", QUICK)
-def test_a_mode_sees_the_operators(backend: str, device) -> None:
-    layer, input = _layer(backend, device), _input(device)
-    for _ in range(2):
-        layer(input)
-    with _Seen() as seen:
-        layer(input)
-    assert any("hyper_conv_fwd" in name for name in seen.names)
 
 
 def test_the_variable_is_read_at_every_step(monkeypatch: pytest.MonkeyPatch, device) -> None:
