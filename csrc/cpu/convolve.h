@@ -110,14 +110,15 @@ class Convolver {
     Room<T> mixer(!lanewise_ && !planes_ && (c_.wanted & kBasis) ? mixer_size : 0);
     const int64_t couples = ceil_div(c_.target_channels, 2);
     Room<uint32_t> paired(pairs_ && packs ? packed_size / 2 : 0);
-    Room<uint32_t> paired_mixer(pairs_ && (c_.wanted & kBasis) ? groups_ * blocks_ * block_size * couples : 0);
+    const int64_t paired_mixer_size = groups_ * blocks_ * block_size * couples;
+    Room<uint32_t> paired_mixer(pairs_ && (c_.wanted & kBasis) ? paired_mixer_size : 0);
     Room<T> bands(c_.wanted & (kOutput | kCoefficients) ? bands_ * band_size : 0);
     Room<T> coefficient_sums(c_.wanted & kCoefficients ? c_.slices * packed_size : 0);
     Room<T> basis_sums(c_.wanted & kBasis ? int64_t{1} * c_.slices * c_.parts * gradient_size : 0);
     Room<int> rows(block_size + c_.rank);
     Room<T> bias(c_.bias ? int64_t{1} * c_.groups * c_.target_channels : 0);
-    if (packed.failed() || mixer.failed() || paired.failed() || paired_mixer.failed() || bands.failed() || coefficient_sums.failed() ||
-        basis_sums.failed() || bias.failed() || rows.failed()) {
+    if (packed.failed() || mixer.failed() || paired.failed() || paired_mixer.failed() || bands.failed() ||
+        coefficient_sums.failed() || basis_sums.failed() || bias.failed() || rows.failed()) {
       return kNoMemory;
     }
     // Rows of a packed block by lane, then function; then the functions' numbers.

@@ -119,14 +119,16 @@ class Convolver<T>::PlanesWorker : public Convolver<T>::Place {
         by_functions(rank, PlaneResponses<T>{s_, patch_ + c * s_.size(), phi, pitch, rank,
                                              z_ + c * rank * positions});
       if (wanted_ & kOutput)
-        product<Singles<T>>(targets, static_cast<int>(count_), wide, a, wide, 1, z_, positions, output_, positions);
+        product<Singles<T>>(targets, static_cast<int>(count_), wide, a, wide, 1, z_, positions, output_,
+                            positions);
       if (wanted_ & kCoefficients)
         plane_products(targets, static_cast<int>(wide), count_, target_, z_,
                        o_.coefficient_sums_ + slice_ * o_.packed_size_ + group_ * targets * wide);
     }
     if (!(wanted_ & kBasis)) return;
     std::memset(z_, 0, wide * positions * sizeof(T));
-    product<Singles<T>>(wide, static_cast<int>(count_), targets, a, 1, wide, target_, positions, z_, positions);
+    product<Singles<T>>(wide, static_cast<int>(count_), targets, a, 1, wide, target_, positions, z_,
+                        positions);
     T* sums = o_.basis_sums(slice_, 0);
     for (int jd = 0; jd < s_.patch.taps[0]; ++jd)
       for (int jh = 0; jh < s_.patch.taps[1]; ++jh)

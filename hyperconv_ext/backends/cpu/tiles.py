@@ -50,8 +50,8 @@ class Tile:
     `shape`: positions of the target along the axes of one phase. `circles`: points of the transforms,
     None by taps. `transposed`: the source is y (or its gradient) and the target x. Sums are dealt into
     `slices` of the tiles and `parts` of the blocks of source channels. `planes`: lanes are positions in
-    the place of source channels. `rest`: how the sums of a joint
-    problem are computed, if not with the output.
+    the place of source channels. `rest`: how the sums of a joint problem are computed, if not with the
+    output.
     """
 
     shape: Triple
@@ -156,6 +156,11 @@ def _lanes(problem: Problem) -> tuple[int, int]:
     capability = library.capability() or "avx2"
     width = 8 if problem.dtype == "float64" else 4
     return _VECTOR_BYTES[capability] // width, _REGISTERS[capability]
+
+
+def _step(registers: int) -> int:
+    """Positions whose sums over taps are formed at once: `kStep` of csrc/cpu/taps.h."""
+    return 4 if registers == 32 else 2
 
 
 def _up(number: int, multiple: int) -> int:
@@ -296,16 +301,15 @@ def _arithmetic(points: int) -> tuple[int, float]:
     return len(factors), turns + sum(_BUTTERFLY[radix] for radix in factors)
 
 
-def _lines(held: Triple, circles: Triple) -> list[tuple[int, int]]:
-    """(points of an axis' circle, such lines transformed) where only `held` positions are not zero."""
-    depth, height, width = circles
-    return [(width, held[0] * held[1]), (height, held[0] * width), (depth, width * height)]
-
-
 def _transformed(held: Triple, circles: Triple, times: float) -> tuple[float, float]:
     """(passes, arithmetic) of `times` transforms to or from `held` positions."""
+    depth, height, width = circles
     passes = turned = 0.0
-    for points, lines in _lines(held, circles):
+    for points, lines in (
+        (width, held[0] * held[1]),
+        (height, held[0] * width),
+        (depth, width * height),
+    ):
         stages, arithmetic = _arithmetic(points)
         passes += times * lines * points * stages
         turned += times * lines * points * arithmetic
@@ -315,7 +319,7 @@ def _transformed(held: Triple, circles: Triple, times: float) -> tuple[float, fl
 def counts(problem: Problem, tile: Tile) -> Counts:
     """Of a problem by one tile, not by that of its `rest`."""
     wanted = wanted_of(problem)
-    lanes, _ = _lanes(problem)
+    lanes, registers = _lanes(problem)
     size = channels(problem, tile.transposed)
     axes = map_of(problem, tile).axes
     rank, groups, ops = problem.rank, problem.geometry.groups, len(problem.ops)
@@ -343,10 +347,10 @@ def counts(problem: Problem, tile: Tile) -> Counts:
         * columns
         * (bool(wanted & OUTPUT) + bool(wanted & BASIS) + tile.slices * bool(wanted & COEFFICIENTS))
     )
+    longest = min(held[2], tile.shape[2])
+    lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
     if tile.planes:
-        wide = _up(min(held[2], tile.shape[2]), lanes) / min(held[2], tile.shape[2]) / lanes
-        vectors = positions * groups * wide
-        lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
+        vectors = positions * groups * _up(longest, lanes) / longest / lanes
         return Counts(
             multiplied=vectors * size.source * rank * size.target * ops,
             tapped=vectors * size.source * rank * taps * sums,
@@ -358,9 +362,7 @@ def counts(problem: Problem, tile: Tile) -> Counts:
         products //= 2  # of pairs
     multiplied = float(positions * blocks * products * ops)
     if tile.circles is None:
-        step = 4 if _lanes(problem)[1] == 32 else 2
-        rounded = _up(min(held[2], tile.shape[2]), step) / min(held[2], tile.shape[2])
-        lengths = [(n - 1) * axis.stride + axis.taps for n, axis in zip(tile.shape, axes, strict=True)]
+        rounded = _up(longest, _step(registers)) / longest
         return Counts(
             multiplied=multiplied,
             tapped=positions * blocks * rank * taps * rounded * sums,
@@ -398,16 +400,18 @@ def counts(problem: Problem, tile: Tile) -> Counts:
 
 def _unevenness(problem: Problem, tile: Tile) -> tuple[float, float]:
     """Of two threads the busier one's time against half of all: to form z, and to multiply it."""
-    wanted, axes = wanted_of(problem), map_of(problem, tile).axes
+    wanted = wanted_of(problem)
     if not wanted & OUTPUT:  # parts of the blocks are tasks of their own
         return 1.0, 1.0
+    axes = map_of(problem, tile).axes
     targets = problem.batch * prod(axis.phases * axis.tiles for axis in axes)
     if not channels(problem, tile.transposed).lanewise:
         targets *= problem.geometry.groups
     if targets == 1 and wanted == OUTPUT:  # both form z, for columns of their own
         return 2.0, 1.0
     busier = max(-(-targets // 2), -(-targets // tile.slices) if wanted != OUTPUT else 0)
-    return 2 * busier / targets, 2 * busier / targets
+    uneven = 2 * busier / targets
+    return uneven, uneven
 
 
 _MULTIPLIED = {"multiplied", "written"}
@@ -489,7 +493,7 @@ def candidates(problem: Problem, algorithm: str) -> Iterator[Tile]:
                 yield Tile(shape, circles, transposed, *dealt)
             continue
         slices, parts = _slices(problem, size, lanes)
-        for shape in _tap_shapes(_counts(axes), 4 if registers == 32 else 2):
+        for shape in _tap_shapes(_counts(axes), _step(registers)):
             yield Tile(shape, None, transposed, slices, parts)
         if size.source < lanes and size.source * problem.rank <= _PLANES:
             for shape in _plane_shapes(_counts(axes), lanes):
