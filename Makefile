@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test sweep oldest oldest-quick bench wheel lint aot gpu gpu-quick clean
+.PHONY: setup test sweep oldest oldest-quick bench wheel lint docs docs-check aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
@@ -16,7 +16,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -e ".[triton,test]"
+	$(BIN)/python -m pip install -q -e ".[triton,test,docs]"
 	touch $@
 
 # The CPU engine, which the set-up has built: again where its source is newer. What was built once must
@@ -67,6 +67,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation: served, and changed where a page changes; or built into build/site, without a warning.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+docs-check: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir build/site
 
 # The tables of every Triton configuration and every instantiation of csrc/ (needs nvcc), compiled for
 # sm_80, sm_90 and sm_100, with the bounds of their hot loops.

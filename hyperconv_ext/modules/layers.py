@@ -211,8 +211,8 @@ class HyperConv2d(_HyperConv):
     among them. A step of gradient descent by A is then nn.Conv2d's own step, projected on them.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype: as in `nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `nn.Conv2d`.
+        bias, padding_mode, device, dtype: as in `nn.Conv2d`.
         hidden_features: widths of the MLP's hidden layers.
         num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
             one) the rank R of the kernel over its taps.
@@ -277,10 +277,11 @@ class HyperConvTranspose2d(_HyperConvTranspose):
     `F.conv_transpose2d(x, conv.weight, conv.bias, ...)`, though W is not formed on a fused backend.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
-            padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
-        hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
-            algorithm, hypernet, parametrization: as in `HyperConv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups: as in
+            `nn.ConvTranspose2d`.
+        bias, dilation, padding_mode, device, dtype: as in `nn.ConvTranspose2d`.
+        hidden_features, num_features, activation, weight_bias, weight_norm: as in `HyperConv2d`.
+        coordinates, backend, algorithm, hypernet, parametrization: as in `HyperConv2d`.
 
     Attributes:
         coefficients: Parameter `[C_in, C_out/groups, N + weight_bias]`, A (before `weight_norm`).
