@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
 from . import ops
@@ -40,6 +41,11 @@ def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
         setattr(module, name, value)
     else:
         parameter.copy_(value)
+
+
+def without_numbers(tensor: Tensor) -> bool:
+    """Whether there is nothing to compute with: it is on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional, layout, ops, planner
-from ..backends.library import product
 from ..backends.reference import materialize_weight
 from ..checks import (
     axis_padding,
@@ -32,12 +29,10 @@ from ..hypernet import (
     CoordinateMLP,
     TapBatchNorm,
     floating_dtype,
-    he_normal_,
-    independence,
-    overwrite,
+    without_numbers,
 )
-from ..ops.sharding import replicated, whole
 from ..taps import check_coordinate_name, taps_beside
+from .start import draw, network
 from .weight import REMEDY, read_only
 
 _Layer = TypeVar("_Layer", bound="HyperConvNd")
@@ -46,18 +41,6 @@ _WEIGHT_NORMS = (None, "batch")
 PARAMETRIZATIONS = ("orthonormal", "published")
 # What `parametrization` decides where an argument is left out: (activation, coordinates).
 _DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
-# Of an MLP until its features are so independent; else the one is kept where they are so most.
-_DRAWS, _INDEPENDENT = 8, 0.6
-# Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
-# Kernels are as smooth per pixel at every size, but the functions never so slow that they depend.
-_SLOWEST, _FREQUENCY = 4.0, 0.5
-# weight_gain^2 C_out: in a step of gradient descent the hyper-network then moves W by at most about what
-# the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. No state
-# holds the gain, so it may depend on the number of channels, as shapes do, but not on the kernel size.
-_SHARE = 0.15
-# The answer to white noise is (functions / taps)^0.15 times nn.ConvNd's, but no less than the second
-# number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
-_TEMPER, _LEAST = 0.15, 0.55
 _NEW_LAYER = "make a new layer with it"
 # What the parameters' shapes were made for, or nothing reads later; and what to do instead
 _FIXED = {
@@ -141,10 +124,10 @@ class HyperConvNd(nn.Module, ABC):
         factory = {"device": device, "dtype": dtype}
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         shape = (first, second // groups)
-        draw = hypernet is None
+        own = hypernet is None
         if hypernet is None:
             chosen = usual_activation if activation is None else activation
-            hypernet = self._network(hidden_features, num_features, chosen, first, factory)
+            hypernet = network(self, hidden_features, num_features, chosen, first, factory)
         self.hypernet = hypernet
         # Of no columns until the hyper-network has told how many: it may ask on which device it is.
         self.coefficients = nn.Parameter(torch.empty(*shape, 0, **factory))
@@ -160,30 +143,7 @@ class HyperConvNd(nn.Module, ABC):
         if parametrization == "orthonormal":
             self.mixing = BasisMixing(features, self.weight_bias, self, **factory)
         self.register_load_state_dict_post_hook(_adopt_statistics)
-        self._draw(draw)
-
-    def _network(
-        self,
-        hidden_features: Sequence[int],
-        num_features: int,
-        activation: str,
-        outputs: int,
-        factory: dict[str, Any],
-    ) -> CoordinateMLP:
-        """A hyper-network for kernels of `outputs` channels, as the parametrization wants it."""
-        arguments = (self.dims, hidden_features, num_features, activation)
-        if self.parametrization == "published":
-            return CoordinateMLP(*arguments, init="he_normal", **factory)
-        halves = [
-            (size - 1) / 2 if self.coordinates == "centered" and size > 1 else 1.0
-            for size in self.kernel_size
-        ]
-        frequency = [
-            max(_SLOWEST, _FREQUENCY * (size - 3)) / half
-            for size, half in zip(self.kernel_size, halves, strict=True)
-        ]
-        gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
-        return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
+        draw(self, own)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As nn.Module; what would be wrong, or change nothing, is refused."""
@@ -345,7 +305,7 @@ class HyperConvNd(nn.Module, ABC):
         In the `'orthonormal'` parametrization W = A phi has functions phi that are orthonormal over the
         taps, so that a step of gradient descent by A is nn.ConvNd's own step projected on them. A is
         drawn such that the response to constant inputs has nn.ConvNd's variance, 1 / 3 of the input's
-        mean square, and that to white noise a little less (see `_TEMPER`). Of several
+        mean square, and that to white noise a little less (see `modules/start.py`). Of several
         hyper-networks the one is taken whose features depend least on each other. A hyper-network
         that was given stays as it is, and phi is made orthonormal for its present features. With
         `weight_norm='batch'` the norm's scale and shift set the deviation of W and of its mean.
@@ -353,75 +313,7 @@ class HyperConvNd(nn.Module, ABC):
         In the `'published'` one all linear layers are drawn by `he_normal`, biases 0, and a norm starts
         with scale 1 and shift 0 (Ma et al., WACV 2022, and their code).
         """
-        self._draw(isinstance(self.hypernet, CoordinateMLP))
-
-    @torch.no_grad()
-    def _draw(self, hypernet: bool) -> None:
-        """Draw all parameters, those of the hyper-network only if `hypernet`."""
-        group_channels, taps = self.coefficients.shape[1], math.prod(self.kernel_size)
-        bound = 1 / math.sqrt(group_channels * taps) if group_channels else 0.0
-        if hypernet:
-            self._draw_hypernet()
-        norm = self.weight_norm
-        if norm is not None:
-            mixed = self.mixing is not None
-            scale = bound / math.sqrt(3) if mixed else 1.0
-            overwrite(norm, "weight", torch.full_like(norm.weight, scale))
-            offset = bound / math.sqrt(taps) if mixed else 0.0
-            overwrite(norm, "bias", torch.empty_like(norm.bias).uniform_(-offset, offset))
-        drawn = torch.empty_like(self.coefficients)
-        if self.mixing is None:
-            columns = drawn.shape[2] - self.weight_bias
-            trained = torch.tensor([1.0] * columns + [0.0] * self.weight_bias, device=drawn.device)
-            drawn = he_normal_(drawn, columns) * replicated(trained.to(drawn.dtype), drawn)
-        else:
-            deviation = 1.0 if norm is not None else bound / math.sqrt(3)
-            drawn = drawn.uniform_(-math.sqrt(3), math.sqrt(3)) * deviation
-            if not any(map(_without_numbers, (self._like(), self.mixing.weight, drawn))):
-                self.mixing.fit(self._module_features())
-                drawn = self._shaped(drawn)
-        overwrite(self, "coefficients", drawn)
-        if self.bias is not None:
-            overwrite(self, "bias", torch.empty_like(self.bias).uniform_(-bound, bound))
-
-    def _draw_hypernet(self) -> None:
-        """A fresh MLP: of several, in the orthonormal parametrization, the least dependent."""
-        hypernet = self.hypernet
-        if self.mixing is None or _without_numbers(self._like()):
-            hypernet.reset_parameters()  # type: ignore[operator]
-            return
-        best, kept = -1.0, []
-        for _ in range(_DRAWS):
-            hypernet.reset_parameters()  # type: ignore[operator]
-            reached = independence(self._module_features(), self.weight_bias)
-            if reached > best:
-                best = reached
-                kept = [parameter.detach().clone() for parameter in hypernet.parameters()]
-            if best > _INDEPENDENT:
-                break
-        for parameter, value in zip(hypernet.parameters(), kept, strict=True):
-            parameter.copy_(value)
-
-    def _shaped(self, unit: Tensor) -> Tensor:
-        """A of the right variance along each direction, from one of nn.ConvNd's along all.
-
-        Along the functions' sums over the taps, the response to a constant, it is nn.ConvNd's; along
-        what is orthogonal to that, larger by the taps for which there is no function.
-        """
-        basis = whole(self._basis("reference"))[: unit.shape[-1]]
-        count = basis.shape[1]
-        functions = round(float(basis.square().sum()))
-        sums = basis.sum(1)
-        power = float(sums.square().sum())
-        missing = max(count - 1, 1) / max(functions - 1, 1)
-        others = math.sqrt(missing) * max(missing**-_TEMPER, _LEAST)
-        if power < 1e-6 * count:
-            return unit * others
-        along = min(math.sqrt(count / power), others)
-        direction = (sums / math.sqrt(power)).to(unit.dtype)
-        projector = torch.outer(direction, direction)
-        shape = others * (torch.eye(len(direction)).to(projector) - projector) + along * projector
-        return product(unit.flatten(0, 1), replicated(shape, unit)).view(unit.shape)
+        draw(self, isinstance(self.hypernet, CoordinateMLP))
 
     def _basis(self, backend: str) -> Tensor:
         """phi `[R, K]`; its last row is a constant function when a bias or a norm needs it."""
@@ -536,7 +428,7 @@ class HyperConvNd(nn.Module, ABC):
             pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
             spacings = tuple(spacing * new / old for new, old, spacing in pairs)
             layer.__dict__["tap_spacing"] = spacings
-        if layer.weight_norm is not None and not _without_numbers(self.coefficients):
+        if layer.weight_norm is not None and not without_numbers(self.coefficients):
             statistics = layer.weight_norm.statistics(self.coefficients, self._basis("reference"))
             layer.weight_norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
         return layer
@@ -564,17 +456,12 @@ class HyperConvNd(nn.Module, ABC):
         return text if self.bias is not None else text + ", bias=False"
 
 
-def _without_numbers(tensor: Tensor) -> bool:
-    """Whether there is nothing to compute with: it is on the meta device, or fake."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 def _adopt_statistics(layer: Any, _: Any) -> None:
     """Where a checkpoint holds statistics of BatchNorm, use the kernel that they give in evaluation."""
     norm = layer.weight_norm
     if norm is not None and norm.loaded_statistics is not None:
         statistics, norm.loaded_statistics = norm.loaded_statistics, None
-        if not _without_numbers(layer.coefficients):
+        if not without_numbers(layer.coefficients):
             norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
 
 

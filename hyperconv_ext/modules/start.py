@@ -1,0 +1,125 @@
+"""The start of training: the MLP a layer makes for itself, and the first draw of its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..backends.library import product
+from ..hypernet import CoordinateMLP, he_normal_, independence, overwrite, without_numbers
+from ..ops.sharding import replicated, whole
+
+if TYPE_CHECKING:
+    from .base import HyperConvNd
+
+# Of an MLP until its features are so independent; else the one is kept where they are so most.
+_DRAWS, _INDEPENDENT = 8, 0.6
+# Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
+# Kernels are as smooth per pixel at every size, but the functions never so slow that they depend.
+_SLOWEST, _FREQUENCY = 4.0, 0.5
+# weight_gain^2 C_out: in a step of gradient descent the hyper-network then moves W by at most about what
+# the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. No state
+# holds the gain, so it may depend on the number of channels, as shapes do, but not on the kernel size.
+_SHARE = 0.15
+# The answer to white noise is (functions / taps)^0.15 times nn.ConvNd's, but no less than the second
+# number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
+_TEMPER, _LEAST = 0.15, 0.55
+
+
+def network(
+    layer: HyperConvNd,
+    hidden_features: Sequence[int],
+    num_features: int,
+    activation: str,
+    outputs: int,
+    factory: dict[str, Any],
+) -> CoordinateMLP:
+    """A hyper-network for kernels of `outputs` channels, as the parametrization wants it."""
+    arguments = (layer.dims, hidden_features, num_features, activation)
+    if layer.parametrization == "published":
+        return CoordinateMLP(*arguments, init="he_normal", **factory)
+    halves = [
+        (size - 1) / 2 if layer.coordinates == "centered" and size > 1 else 1.0
+        for size in layer.kernel_size
+    ]
+    frequency = [
+        max(_SLOWEST, _FREQUENCY * (size - 3)) / half
+        for size, half in zip(layer.kernel_size, halves, strict=True)
+    ]
+    gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
+    return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
+
+
+@torch.no_grad()
+def draw(layer: HyperConvNd, hypernet: bool) -> None:
+    """Draw all parameters, those of the hyper-network only if `hypernet`."""
+    group_channels, taps = layer.coefficients.shape[1], math.prod(layer.kernel_size)
+    bound = 1 / math.sqrt(group_channels * taps) if group_channels else 0.0
+    if hypernet:
+        _draw_hypernet(layer)
+    norm = layer.weight_norm
+    if norm is not None:
+        mixed = layer.mixing is not None
+        scale = bound / math.sqrt(3) if mixed else 1.0
+        overwrite(norm, "weight", torch.full_like(norm.weight, scale))
+        offset = bound / math.sqrt(taps) if mixed else 0.0
+        overwrite(norm, "bias", torch.empty_like(norm.bias).uniform_(-offset, offset))
+    drawn = torch.empty_like(layer.coefficients)
+    if layer.mixing is None:
+        columns = drawn.shape[2] - layer.weight_bias
+        trained = torch.tensor([1.0] * columns + [0.0] * layer.weight_bias, device=drawn.device)
+        drawn = he_normal_(drawn, columns) * replicated(trained.to(drawn.dtype), drawn)
+    else:
+        deviation = 1.0 if norm is not None else bound / math.sqrt(3)
+        drawn = drawn.uniform_(-math.sqrt(3), math.sqrt(3)) * deviation
+        if not any(map(without_numbers, (layer._like(), layer.mixing.weight, drawn))):
+            layer.mixing.fit(layer._module_features())
+            drawn = _shaped(layer, drawn)
+    overwrite(layer, "coefficients", drawn)
+    if layer.bias is not None:
+        overwrite(layer, "bias", torch.empty_like(layer.bias).uniform_(-bound, bound))
+
+
+def _draw_hypernet(layer: HyperConvNd) -> None:
+    """A fresh MLP: of several, in the orthonormal parametrization, the least dependent."""
+    hypernet = layer.hypernet
+    if layer.mixing is None or without_numbers(layer._like()):
+        hypernet.reset_parameters()  # type: ignore[operator]
+        return
+    best, kept = -1.0, []
+    for _ in range(_DRAWS):
+        hypernet.reset_parameters()  # type: ignore[operator]
+        reached = independence(layer._module_features(), layer.weight_bias)
+        if reached > best:
+            best = reached
+            kept = [parameter.detach().clone() for parameter in hypernet.parameters()]
+        if best > _INDEPENDENT:
+            break
+    for parameter, value in zip(hypernet.parameters(), kept, strict=True):
+        parameter.copy_(value)
+
+
+def _shaped(layer: HyperConvNd, unit: Tensor) -> Tensor:
+    """A of the right variance along each direction, from one of nn.ConvNd's along all.
+
+    Along the functions' sums over the taps, the response to a constant, it is nn.ConvNd's; along
+    what is orthogonal to that, larger by the taps for which there is no function.
+    """
+    basis = whole(layer._basis("reference"))[: unit.shape[-1]]
+    count = basis.shape[1]
+    functions = round(float(basis.square().sum()))
+    sums = basis.sum(1)
+    power = float(sums.square().sum())
+    missing = max(count - 1, 1) / max(functions - 1, 1)
+    others = math.sqrt(missing) * max(missing**-_TEMPER, _LEAST)
+    if power < 1e-6 * count:
+        return unit * others
+    along = min(math.sqrt(count / power), others)
+    direction = (sums / math.sqrt(power)).to(unit.dtype)
+    projector = torch.outer(direction, direction)
+    shape = others * (torch.eye(len(direction)).to(projector) - projector) + along * projector
+    return product(unit.flatten(0, 1), replicated(shape, unit)).view(unit.shape)
