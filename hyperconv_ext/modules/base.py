@@ -32,6 +32,7 @@ from ..hypernet import (
     without_numbers,
 )
 from ..taps import check_coordinate_name, taps_beside
+from . import exchange
 from .start import draw, network
 from .weight import REMEDY, read_only
 
@@ -432,6 +433,52 @@ class HyperConvNd(nn.Module, ABC):
             statistics = layer.weight_norm.statistics(self.coefficients, self._basis("reference"))
             layer.weight_norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
         return layer
+
+    @classmethod
+    def from_conv(
+        cls: type[_Layer],
+        conv: nn.Module,
+        *,
+        rank: int | None = None,
+        max_error: float | None = None,
+        init: str = "fit",
+        progress: bool = False,
+        **hypernet_options: Any,
+    ) -> _Layer:
+        """A hyper-convolution in the place of `conv`, a layer of the class this one replaces.
+
+        It takes over the sizes, bias, device, dtype, memory format, `requires_grad` and whether it
+        trains; hooks it does not.
+
+        Args:
+            conv: `nn.ConvNd`, or a subclass that adds nothing to its forward pass. Of a parametrised
+                one the weight of the moment is taken.
+            rank: R of the kernel over its taps, the constant function included: the MLP has
+                `num_features = R - 1`, without `weight_bias` R. None leaves it to the other arguments.
+            init: `'match'` draws the layer as `reset_parameters` does, and scales W as the deviation of
+                `conv.weight` differs from that of nn.ConvNd's own draw.
+            hypernet_options: the constructor's keywords, from `hidden_features` on.
+
+        Raises:
+            TypeError, ValueError: `conv` is of another class or computes something else, or an argument
+                is out of range.
+        """
+        return exchange.from_conv(cls, conv, rank, max_error, init, progress, hypernet_options)  # type: ignore[return-value]
+
+    def to_conv(self) -> nn.Module:
+        """`nn.ConvNd` that computes the same, with the W of this moment as a parameter of its own.
+
+        W is formed in float32 at least and rounded once to the dtype of the coefficients. Sizes, bias,
+        device, memory format, `requires_grad` (W's is that of the coefficients) and whether it trains
+        are this layer's; hooks, `backend` and `algorithm` are not.
+        """
+        return exchange.to_conv(self)
+
+    @property
+    def rank(self) -> int:
+        """R, the number of basis functions phi, of which W is made over its taps."""
+        columns = self.coefficients.shape[2]
+        return columns + (self.weight_norm is not None and not self.weight_bias)
 
     def extra_repr(self) -> str:
         """The sizes, and whatever else is not at its default."""
