@@ -1,0 +1,21 @@
+"""The hyper-network: coordinates of the taps -> basis functions phi, and its last-layer batch norm."""
+
+from ..taps import COORDINATES, tap_coordinates
+from .inspection import floating_dtype, overwrite, without_numbers
+from .mixing import BasisMixing, independence
+from .mlp import CoordinateMLP, MLPLayer, he_normal_
+from .norm import TapBatchNorm
+
+__all__ = [
+    "COORDINATES",
+    "BasisMixing",
+    "CoordinateMLP",
+    "MLPLayer",
+    "TapBatchNorm",
+    "floating_dtype",
+    "he_normal_",
+    "independence",
+    "overwrite",
+    "tap_coordinates",
+    "without_numbers",
+]

@@ -1,0 +1,113 @@
+"""The map by which the basis functions start orthonormal over the taps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.library import product
+from ..ops.sharding import replicated, whole
+from .inspection import calls_forward_only
+
+DEPENDENT = 0.02  # of the largest singular value of the features: what is below is rounding
+
+
+class BasisMixing(nn.Module):
+    """phi = C f + c: the fixed linear map by which the basis functions start orthonormal.
+
+    C and c are buffers: a state that training does not touch, and that loading restores. The engines
+    take them as one more, linear, layer of the MLP.
+
+    Args:
+        num_features: N, the number of features f.
+        constant: the last function is constant, and the others have a mean of 0.
+        layer: whose start depends on C; resetting this resets that, since whoever resets the modules
+            of a model one by one has just drawn other features.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, num_features: int, constant: bool, layer: nn.Module, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        rank = num_features + constant
+        self.constant = constant
+        self.__dict__["_layer"] = layer  # no child of this
+        self.register_buffer("weight", torch.eye(rank, num_features, device=device, dtype=dtype))
+        self.register_buffer("bias", torch.zeros(rank, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Make the rows of phi orthonormal over the taps for these features `[K, N]`.
+
+        Symmetrically (Lowdin 1950): of all orthonormal sets the nearest to the features, once those are
+        freed of their mean and scaled to a length of 1. It is unique, and where the features depend
+        on each other, as on fewer taps than functions, all functions share what they span:
+        phi^T phi is the projection on it.
+        """
+        values = whole(features).detach().to("cpu", torch.float64).T
+        count = values.shape[1]
+        mean = values.mean(1, keepdim=True) if self.constant else values.new_zeros(len(values), 1)
+        centered = values - mean
+        length = centered.norm(dim=1, keepdim=True)
+        inverse = torch.where(length > 1e-6 * values.abs().max(), 1 / length, 0.0)
+        scaled = inverse * centered
+        power, directions = torch.linalg.eigh(scaled @ scaled.T)
+        present = power > DEPENDENT**2 * power.max()
+        root = torch.where(present, power.clamp_min(1e-300).rsqrt(), 0.0)
+        mixing = (directions * root) @ directions.T * inverse.T
+        weight, bias = values.new_zeros(self.weight.shape), values.new_zeros(self.bias.shape)
+        weight[: len(mixing)] = mixing
+        bias[: len(mixing)] = -(mixing @ mean).squeeze(1)
+        if self.constant:
+            bias[-1] = 1 / math.sqrt(count)
+        for name, value in (("weight", weight), ("bias", bias)):
+            target = getattr(self, name)
+            target.copy_(replicated(value.to(whole(target)), target))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """phi `[R, K]` of features `[K, N]`, in float32 at least."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        weight, bias = (replicated(t.to(wide), features) for t in (self.weight, self.bias))
+        return product(weight, features.to(wide).T) + bias.unsqueeze(1)
+
+    def linear(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(weight, bias) beside `like`, a parameter of the MLP; None if a call of this is more."""
+        if not calls_forward_only(self, BasisMixing):
+            return None
+        buffers = self._buffers
+        weight, bias = buffers["weight"], buffers["bias"]
+        if type(like) is nn.Parameter:
+            return weight, bias  # type: ignore[return-value]
+        return replicated(weight, like), replicated(bias, like)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Draw the layer anew, and fit this to it."""
+        self._layer.reset_parameters()  # type: ignore[operator, union-attr]
+
+    def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
+        rank, features = self.weight.shape
+        return f"{features}, {rank}"
+
+
+def independence(features: Tensor, constant: bool) -> float:
+    """How far features `[K, N]` are from linear dependence: 0 if they depend, 1 if they are orthogonal.
+
+    The smallest singular value over the largest, of the features freed of their mean if `constant` and
+    scaled to a length of 1; of as many as there can be over K taps.
+    """
+    values = whole(features).detach().to("cpu", torch.float64)
+    if constant:
+        values = values - values.mean(0)
+    length = values.norm(dim=0)
+    rank = min(values.shape[1], values.shape[0] - constant)
+    if rank == 0 or not bool((length > 0).all()):
+        return 0.0
+    singular = torch.linalg.svdvals(values / length)
+    return float(singular[rank - 1] / singular[0])
