@@ -1,5 +1,5 @@
 # make test, make oldest, make bench: set up a virtual environment, then test or measure. make sweep: the rest
-# of the tests' long rows. make gpu: see README.md.
+# of the tests' long rows. make gpu: see docs/evidence.md.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0

@@ -19,7 +19,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import goals, shapes, tables
-from benchmarks.records import PHASE_NAMES, PHASES, Record, left_out, load
+from benchmarks.records import AUTO, FOURIER, PHASE_NAMES, PHASES, Record, left_out, load
 
 PLOTS = {
     "time": "Time against the kernel size, of the layer that was measured with most of them.",
@@ -86,22 +86,42 @@ def _ceilings(document: Mapping[str, Any]) -> str:
     return f"{text}, a copy in memory at {found['bytes_per_second'] / 1e9:,.0f} GB/s."
 
 
-def headline(document: Mapping[str, Any], folder: str) -> list[str]:
-    """A CPU's first figure and tables, Markdown; the figure is in `folder`."""
+def _machine(document: Mapping[str, Any]) -> str:
+    """What a CPU's first tables were measured on and with."""
+    facts = document["machine_info"]
+    brand = facts.get("cpu", {}).get("brand_raw") or "CPU"
+    return (
+        f"{facts['threads']} threads of an {brand} ({facts['instructions']}), torch {facts['torch']}, "
+        f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`."
+    )
+
+
+def _figure(folder: str) -> str:
+    return f"![{PLOTS['time']}]({folder}time.svg)"
+
+
+def headline(document: Mapping[str, Any]) -> list[str]:
+    """A CPU's first figure and tables, Markdown."""
     found = tables.headline(load(document))
     if not found:
         return [_UNMEASURED]
-    facts = document["machine_info"]
-    brand = facts.get("cpu", {}).get("brand_raw") or "CPU"
-    lines = [f"![{PLOTS['time']}]({folder}time.svg)"]
+    lines = [_figure("")]
     for caption, table in found:
         lines += ["", caption, "", *tables.markdown(table, labels=1)]
-    return [
-        *lines,
-        "",
-        f"{facts['threads']} threads of an {brand} ({facts['instructions']}), torch {facts['torch']}, "
-        f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`. {_ceilings(document)}",
-    ]
+    return [*lines, "", f"{_machine(document)} {_ceilings(document)}"]
+
+
+def brief(document: Mapping[str, Any], folder: str) -> list[str]:
+    """Of `headline` the figure, which is in `folder`, and the first table; of the second its range."""
+    records = load(document)
+    found = tables.headline(records)
+    if not found:
+        return [_UNMEASURED]
+    caption, table = found[0]
+    lines = [_figure(folder), "", caption, "", *tables.markdown(table, labels=1), "", _machine(document)]
+    if against := tables.span(records, AUTO, FOURIER):
+        lines.append(f"Against a dense convolution by FFT, for large kernels: {against}.")
+    return lines
 
 
 def with_headline(text: str, document: Mapping[str, Any]) -> str:
@@ -110,7 +130,7 @@ def with_headline(text: str, document: Mapping[str, Any]) -> str:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"README.md: expected the marks {begin} and {end} once each; put them back")
     before, rest = text.split(begin)
-    lines = headline(document, f"benchmarks/results/{slug(document)}/")
+    lines = brief(document, f"benchmarks/results/{slug(document)}/")
     return "\n".join([f"{before}{begin}", *lines, f"{end}{rest.split(end)[1]}"])
 
 
@@ -192,7 +212,7 @@ def report(document: Mapping[str, Any]) -> str:
     if on_gpu(document):
         sections.append(_gpu_goals(records))
     else:
-        sections += [["## Against the kernel size", "", *headline(document, "")], _cpu_goals(records)]
+        sections += [["## Against the kernel size", "", *headline(document)], _cpu_goals(records)]
     if summary := [f"- {line}" for line in tables.summary(records)]:
         sections.append(["## Summary", "", *summary])
     failures = [f"- {r.row.name}, {r.column}/{r.layout}: {r.failure}" for r in records if r.failure]

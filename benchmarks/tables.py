@@ -162,6 +162,18 @@ def _digits(ratio: float | None) -> str:
     return f"{ratio:.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x" if ratio >= 9.95 else f"{ratio:.2f}x"
 
 
+def span(records: Sequence[Record], backend: str, baseline: str) -> str:
+    """The lowest and the highest ratio of `by_kernel` in either pass; '' if there is none."""
+    texts = []
+    for phase in PHASES:
+        rows = (cells for row, cells in compared(records).items() if row.phase == phase)
+        ratios = [ratio for cells in rows if (ratio := speedup(cells, backend, baseline)) is not None]
+        if ratios:
+            low, high = _digits(min(ratios)), _digits(max(ratios))
+            texts.append(f"{low} to {high} {PHASE_NAMES[phase]}")
+    return ", ".join(texts)
+
+
 def headline(records: Sequence[Record]) -> list[tuple[str, Table]]:
     """Caption and table of what `auto` gains over nn.ConvNd and over an FFT convolution."""
     pairs = (

@@ -191,6 +191,9 @@ def test_ratios_by_layer_and_kernel_size() -> None:
     ]
     assert second == [["layer", "k = 11"], ["128 → 128 at 32²", "4.00x / 1.00x"]]
     assert tables.headline(_records()) == []
+    against = tables.span(_cpu_records(), "auto", "conv")
+    assert against == "0.50x to 22.0x forward, 3.75x to 13.8x forward + backward"
+    assert tables.span(_records(), "auto", "conv") == ""
 
 
 def test_summary_counts_wins_and_names_the_worst() -> None:
@@ -333,6 +336,7 @@ def test_the_head_of_a_cpu_s_report_goes_between_the_marks() -> None:
     text = report.with_headline(f"before\n{begin}\nold\n{end}\nafter\n", document)
     assert text.startswith(f"before\n{begin}\n![") and text.endswith(f"\n{end}\nafter\n")
     assert "(benchmarks/results/cpu/time.svg)" in text and "old" not in text
+    assert "by FFT, for large kernels: 4.00x to 4.00x forward, 1.00x" in text
     assert report.with_headline(text, document) == text
     with pytest.raises(ValueError, match="put them back"):
         report.with_headline("no marks", document)
