@@ -26,6 +26,7 @@ _ELSEWHERE = (
 )
 _FONT = "STIXTwoMath-Regular.ttf"  # browsers need one with a MATH table, which few machines have
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+_FIGURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*(assets/[\w-]+\.svg)" */?></p>')
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -53,11 +54,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return _LINK.sub(on_site, markdown)
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """`content` with its formulas as MathML."""
+def on_page_content(content: str, config: Any, **_: Any) -> str:
+    """`content` with its formulas as MathML, and its own figures as part of it, to take its colours."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]).strip(), display=display)
 
-    return _FORMULA.sub(formula, content)
+    def figure(match: re.Match[str]) -> str:
+        drawing = Path(config.docs_dir, match[2]).read_text()
+        return f"<figure>{drawing}<figcaption>{match[1]}</figcaption></figure>"
+
+    return _FIGURE.sub(figure, _FORMULA.sub(formula, content))
