@@ -2,6 +2,7 @@
 
 from . import functional
 from ._version import __version__
+from .conversion import convert, materialize
 from .hypernet import CoordinateMLP
 from .modules import (
     HyperConv1d,
@@ -26,8 +27,10 @@ __all__ = [
     "HyperConvTranspose3d",
     "PlanError",
     "__version__",
+    "convert",
     "explain",
     "functional",
     "keep_operators",
+    "materialize",
     "parameter_groups",
 ]

@@ -121,5 +121,8 @@ def _shaped(layer: HyperConvNd, unit: Tensor) -> Tensor:
     along = min(math.sqrt(count / power), others)
     direction = (sums / math.sqrt(power)).to(unit.dtype)
     projector = torch.outer(direction, direction)
-    shape = others * (torch.eye(len(direction)).to(projector) - projector) + along * projector
+    shape = (
+        others * (torch.eye(len(direction), dtype=projector.dtype, device=projector.device) - projector)
+        + along * projector
+    )
     return product(unit.flatten(0, 1), replicated(shape, unit)).view(unit.shape)
