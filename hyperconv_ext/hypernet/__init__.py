@@ -1,7 +1,7 @@
 """The hyper-network: coordinates of the taps -> basis functions phi, and its last-layer batch norm."""
 
 from ..taps import COORDINATES, tap_coordinates
-from .inspection import floating_dtype, overwrite, without_numbers
+from .inspection import blank, floating_dtype, overwrite, without_numbers
 from .mixing import BasisMixing, independence
 from .mlp import CoordinateMLP, MLPLayer, he_normal_
 from .norm import TapBatchNorm
@@ -12,6 +12,7 @@ __all__ = [
     "CoordinateMLP",
     "MLPLayer",
     "TapBatchNorm",
+    "blank",
     "floating_dtype",
     "he_normal_",
     "independence",

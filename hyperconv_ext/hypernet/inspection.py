@@ -9,10 +9,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
+from ..ops.sharding import agreed
+
+
+def blank(parameter: Tensor) -> Tensor:
+    """Memory for a draw of `parameter`: for all of it on every rank, where it is a DTensor.
+
+    Each rank has random numbers of its own: drawn shard by shard, equal seeds would give equal shards,
+    and each feature twice.
+    """
+    return torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
+
 
 def overwrite(module: nn.Module, name: str, value: Tensor) -> None:
-    """Write to a parameter, through its parametrization if it has one."""
+    """Write to a parameter, through its parametrization if it has one; the first rank's value counts."""
     parameter = module._parameters.get(name)
+    value = agreed(value, getattr(module, name) if parameter is None else parameter)
     if parameter is None:
         setattr(module, name, value)
     else:

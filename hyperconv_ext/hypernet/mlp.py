@@ -15,8 +15,7 @@ from ..autocast import without_autocast
 from ..backends.library import product
 from ..backends.reference import ACTIVATIONS
 from ..checks import check_dtype, check_name, integer, integers, positive_number
-from ..ops.sharding import replicated
-from .inspection import calls_forward_only, floating_dtype, overwrite, watching_every_module
+from .inspection import blank, calls_forward_only, floating_dtype, overwrite, watching_every_module
 
 INITIALISATIONS = ("uniform", "he_normal")
 
@@ -58,12 +57,12 @@ class MLPLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw weight and bias by the layer's rule."""
-        weight, bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
+        weight, bias = blank(self.weight), blank(self.bias)
         if self.weight_bound is None:
             he_normal_(weight, self.in_features)
         else:
             bounds = torch.tensor(self.weight_bound, device=weight.device, dtype=weight.dtype)
-            weight = weight.uniform_(-1, 1) * replicated(bounds, weight)
+            weight = weight.uniform_(-1, 1) * bounds
         overwrite(self, "weight", weight)
         overwrite(self, "bias", bias.uniform_(-self.bias_bound, self.bias_bound))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends.library import product
-from ..hypernet import CoordinateMLP, he_normal_, independence, overwrite, without_numbers
-from ..ops.sharding import replicated, whole
+from ..hypernet import CoordinateMLP, blank, he_normal_, independence, overwrite, without_numbers
+from ..ops.sharding import whole
 
 if TYPE_CHECKING:
     from .base import HyperConvNd
@@ -65,14 +65,14 @@ def draw(layer: HyperConvNd, hypernet: bool) -> None:
     if norm is not None:
         mixed = layer.mixing is not None
         scale = bound / math.sqrt(3) if mixed else 1.0
-        overwrite(norm, "weight", torch.full_like(norm.weight, scale))
+        overwrite(norm, "weight", blank(norm.weight).fill_(scale))
         offset = bound / math.sqrt(taps) if mixed else 0.0
-        overwrite(norm, "bias", torch.empty_like(norm.bias).uniform_(-offset, offset))
-    drawn = torch.empty_like(layer.coefficients)
+        overwrite(norm, "bias", blank(norm.bias).uniform_(-offset, offset))
+    drawn = blank(layer.coefficients)
     if layer.mixing is None:
         columns = drawn.shape[2] - layer.weight_bias
         trained = torch.tensor([1.0] * columns + [0.0] * layer.weight_bias, device=drawn.device)
-        drawn = he_normal_(drawn, columns) * replicated(trained.to(drawn.dtype), drawn)
+        drawn = he_normal_(drawn, columns) * trained.to(drawn.dtype)
     else:
         deviation = 1.0 if norm is not None else bound / math.sqrt(3)
         drawn = drawn.uniform_(-math.sqrt(3), math.sqrt(3)) * deviation
@@ -81,7 +81,7 @@ def draw(layer: HyperConvNd, hypernet: bool) -> None:
             drawn = _shaped(layer, drawn)
     overwrite(layer, "coefficients", drawn)
     if layer.bias is not None:
-        overwrite(layer, "bias", torch.empty_like(layer.bias).uniform_(-bound, bound))
+        overwrite(layer, "bias", blank(layer.bias).uniform_(-bound, bound))
 
 
 def _draw_hypernet(layer: HyperConvNd) -> None:
@@ -125,4 +125,4 @@ def _shaped(layer: HyperConvNd, unit: Tensor) -> Tensor:
         others * (torch.eye(len(direction), dtype=projector.dtype, device=projector.device) - projector)
         + along * projector
     )
-    return product(unit.flatten(0, 1), replicated(shape, unit)).view(unit.shape)
+    return product(unit.flatten(0, 1), shape).view(unit.shape)

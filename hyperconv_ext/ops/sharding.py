@@ -65,6 +65,16 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def agreed(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` as `replicated`, but it is another on every rank, and that of the mesh's first counts."""
+    if not distributed((like,)) or distributed((tensor,)):
+        return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim)
+
+
 _Rows = list[tuple[list[Any], list[Any]]]  # placements of (results, tensors) that go together
 
 
