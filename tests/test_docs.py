@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,3 +65,46 @@ def test_the_reference_has_every_public_class_and_function() -> None:
     public += [value for name in hypernet.__all__ if inspect.isclass(value := getattr(hypernet, name))]
     missing = [value for value in public if callable(value) and value not in listed]
     assert missing == []
+
+
+def _template(message: ast.expr) -> str | None:
+    """The text of a message, with … for what differs from call to call; None if it is made elsewhere."""
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    if isinstance(message, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in message.values)
+    if isinstance(message, ast.BinOp):
+        return "".join(_template(side) or "…" for side in (message.left, message.right))
+    return None
+
+
+def _messages() -> Iterator[tuple[str, str]]:
+    """(where, what comes before `got` and the remedy) of every error that the package raises."""
+    for path in sorted((_ROOT / "hyperconv_ext").glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                not isinstance(node, ast.Raise)
+                or not isinstance(node.exc, ast.Call)
+                or not node.exc.args
+            ):
+                continue
+            text = _template(node.exc.args[0])
+            if text is not None:
+                yield f"{_name(path)}:{node.lineno}", re.split(r",? got |; ", text)[0]
+
+
+def test_every_error_message_has_its_cause_on_a_page() -> None:
+    page = (_ROOT / "docs/guides/troubleshooting.md").read_text()
+    messages = dict(_messages())
+    assert len(messages) > 50
+    missing = {where: message for where, message in messages.items() if f"`{message}`" not in page}
+    assert missing == {}
+
+
+def test_every_environment_variable_is_described() -> None:
+    page = (_ROOT / "docs/install.md").read_text()
+    sources = [_ROOT / "setup.py", *(_ROOT / "hyperconv_ext").glob("**/*.py")]
+    # Those that the code reads are quoted, macros for the compiler are not.
+    read = {name for path in sources for name in re.findall(r'"(HYPERCONV_[A-Z_]+)"', path.read_text())}
+    assert "HYPERCONV_BACKEND" in read
+    assert {name for name in read if f"`{name}`" not in page} == set()

@@ -90,12 +90,12 @@ def basis_conv2d(
         bias: `[C_out]` or None, in the input's dtype.
         stride, dilation, groups: as in `F.conv2d`.
         padding: integers, `'same'` or `'valid'`, as in `F.conv2d`.
-        backend: `'auto'`, `'reference'`, `'composite'`, `'triton'` or `'cuda'`. A backend that is named
-            is used or refused, never replaced. `'auto'` can be overridden by the environment variable
-            HYPERCONV_BACKEND.
-        algorithm: `'auto'`, or one of the backend's: `'basis'` (triton, cuda), `'direct'` (triton),
-            `'composite'`. The gradients of A and phi have one fused algorithm, which both names of
-            triton select.
+        backend: `'auto'`, `'reference'`, `'composite'`, `'cpu'`, `'triton'` or `'cuda'`. A backend that
+            is named is used or refused, never replaced. `'auto'` can be overridden by the environment
+            variable HYPERCONV_BACKEND.
+        algorithm: `'auto'`, or one of the backend's: `'basis'` (cpu, triton, cuda), `'fft'` (cpu),
+            `'direct'` (triton), `'composite'`. The gradients of A and phi have one fused algorithm,
+            which both names of triton select.
 
     Returns:
         `[B, C_out, H', W']` (or unbatched), in the input's dtype, channels last if the input is.
