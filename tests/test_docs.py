@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import hyperconv_ext
-from hyperconv_ext import functional, hypernet
+from hyperconv_ext import conversion, functional, hypernet
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGES = sorted(_ROOT.glob("docs/**/*.md"))
@@ -61,7 +61,8 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_the_reference_has_every_public_class_and_function() -> None:
     text = "\n".join(page.read_text() for page in (_ROOT / "docs/reference").glob("*.md"))
     listed = [pkgutil.resolve_name(name) for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
-    public = [getattr(module, name) for module in (hyperconv_ext, functional) for name in module.__all__]
+    modules = (hyperconv_ext, functional, conversion)
+    public = [getattr(module, name) for module in modules for name in module.__all__]
     public += [value for name in hypernet.__all__ if inspect.isclass(value := getattr(hypernet, name))]
     missing = [value for value in public if callable(value) and value not in listed]
     assert missing == []
