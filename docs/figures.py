@@ -32,14 +32,22 @@ _STYLE = """
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}"' + (f' class="{kind}"' if kind else "") + f">{text}</text>"
+    return (
+        f'<text x="{x:g}" y="{y:g}"'
+        + (f' class="{kind}"' if kind else "")
+        + f">{text}</text>"
+    )
 
 
 def _square(x: float, y: float, side: float) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" class="line"/>'
+    return (
+        f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" class="line"/>'
+    )
 
 
-def _stack(x: float, y: float, count: int, side: float = 44, step: float = 7) -> list[str]:
+def _stack(
+    x: float, y: float, count: int, side: float = 44, step: float = 7
+) -> list[str]:
     """Channels one behind the other; of all but the first what it and the others leave to be seen."""
     parts = [_square(x, y, side)]
     for index in range(1, count):
@@ -64,11 +72,12 @@ def _tile(x: float, y: float, values: Tensor) -> list[str]:
     for row in range(_TAPS):
         for column in range(_TAPS):
             value = float(scaled[row, column])
-            place = (
-                f'x="{x + column * _CELL:g}" y="{y + row * _CELL:g}" width="{_CELL}" height="{_CELL}"'
-            )
+            left, top = x + column * _CELL, y + row * _CELL
+            place = f'x="{left:g}" y="{top:g}" width="{_CELL}" height="{_CELL}"'
             kind = "plus" if value > 0 else "minus"
-            parts.append(f'<rect {place} class="{kind}" fill-opacity="{abs(value):.2f}"/>')
+            parts.append(
+                f'<rect {place} class="{kind}" fill-opacity="{abs(value):.2f}"/>'
+            )
     return [*parts, _square(x, y, _SIDE)]
 
 
@@ -86,19 +95,35 @@ def _kernel(layer: HyperConv2d) -> list[str]:
         _text(52, top - 12, "taps p<tspan dy='4' font-size='11'>k</tspan>"),
     ]
     parts += [_text(52, top + 86, "K = 49", "small"), _arrow(92, top + 31, 26)]
-    parts += [f'<rect x="126" y="{top + 8:g}" width="62" height="46" rx="8" class="line"/>']
+    parts += [
+        f'<rect x="126" y="{top + 8:g}" width="62" height="46" rx="8" class="line"/>'
+    ]
     parts += [_text(157, top + 36, "MLP"), _arrow(196, top + 31, 26)]
     for index, function in enumerate(phi):
         x = 232 + index * (_SIDE + 10)
         parts += [
             *_tile(x, top, function),
-            _text(x + _SIDE / 2, top - 12, f"φ<tspan dy='4' font-size='11'>{index + 1}</tspan>"),
+            _text(
+                x + _SIDE / 2,
+                top - 12,
+                f"φ<tspan dy='4' font-size='11'>{index + 1}</tspan>",
+            ),
         ]
-    parts += [_text(410, top + 86, "R = 5 functions of position, shared by all channels", "small")]
+    parts += [
+        _text(
+            410,
+            top + 86,
+            "R = 5 functions of position, shared by all channels",
+            "small",
+        )
+    ]
     parts += [_arrow(602, top + 31, 44), _text(624, top + 20, "A")]
     for index in range(3):
         x = 658 + index * (_SIDE + 10)
-        parts += [*_tile(x, top, weight[index, 0]), _text(x + _SIDE / 2, top - 12, f"W[{index + 1}, 1]")]
+        parts += [
+            *_tile(x, top, weight[index, 0]),
+            _text(x + _SIDE / 2, top - 12, f"W[{index + 1}, 1]"),
+        ]
     return [*parts, _text(762, top + 86, "each kernel a combination of them", "small")]
 
 
@@ -116,7 +141,9 @@ def _convolution(layer: HyperConv2d) -> list[str]:
     parts += [_text(205, 370, f"R · K = {rank} · {taps} = {rank * taps}", "small")]
     parts += [*_stack(330, 334, rank), _text(366, 398, "z, never stored")]
     parts += [_arrow(430, 350, 210), _text(535, 340, "multiply by A")]
-    parts += [_text(535, 370, f"R · C_out = {rank} · {outputs} = {rank * outputs}", "small")]
+    parts += [
+        _text(535, 370, f"R · C_out = {rank} · {outputs} = {rank * outputs}", "small")
+    ]
     return [*parts, *_stack(668, 334, 5), _text(704, 398, "y, the same")]
 
 
@@ -125,7 +152,13 @@ def main() -> None:
     torch.manual_seed(3)
     layer = HyperConv2d(64, 128, _TAPS, backend="reference")
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 890 410" class="figure" role="img">'
-    parts = [head, f"<style>{_STYLE}</style>", *_kernel(layer), *_convolution(layer), "</svg>"]
+    parts = [
+        head,
+        f"<style>{_STYLE}</style>",
+        *_kernel(layer),
+        *_convolution(layer),
+        "</svg>",
+    ]
     _OUTPUT.write_text("\n".join(parts) + "\n")
 
 

@@ -27,7 +27,9 @@ _ELSEWHERE = (
 _FONT = "STIXTwoMath-Regular.ttf"  # browsers need one with a MATH table, which few machines have
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 _FIGURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*(assets/[\w-]+\.svg)" */?></p>')
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -35,7 +37,9 @@ def on_files(files: Any, config: Any) -> Any:
     for pattern in _ELSEWHERE:
         for path in sorted(_ROOT.glob(pattern)):
             name = path.relative_to(_ROOT).as_posix()
-            files.append(File(name, str(_ROOT), config.site_dir, config.use_directory_urls))
+            files.append(
+                File(name, str(_ROOT), config.site_dir, config.use_directory_urls)
+            )
     font = str(distribution("ziamath").locate_file(f"ziamath/fonts/{_FONT}"))
     files.append(File.generated(config, f"assets/{_FONT}", abs_src_path=font))
     return files
@@ -48,7 +52,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = posixpath.dirname(f"docs/{name}" if inside else name)
 
     def on_site(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(here, match[1])).removeprefix("docs/")
+        target = posixpath.normpath(posixpath.join(here, match[1])).removeprefix(
+            "docs/"
+        )
         return posixpath.relpath(target, posixpath.dirname(name) or ".")
 
     return _LINK.sub(on_site, markdown)
