@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, functional, ops, planner
+from hyperconv_ext import HyperConv1d, HyperConv2d, HyperConv3d, ops, planner
 from hyperconv_ext.backends import BACKENDS
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.modules import HyperConvNd
@@ -185,23 +184,11 @@ class Subject:
             return FourierConv(dense) if competitor.fourier else dense
         layer = self.hyper
         layer.backend = competitor.backend
-        if competitor.algorithm != "auto":
-            layer.__class__ = _with_algorithm(type(layer), competitor.algorithm)
+        layer.algorithm = competitor.algorithm
         if competitor.compiled:
             torch.compiler.reset()  # after a few layers the compiler would give up specialising
             layer.compile(fullgraph=True, dynamic=False)
         return layer
-
-
-@lru_cache
-def _with_algorithm(base: type[HyperConvNd], algorithm: str) -> type[HyperConvNd]:
-    """The class of layers that name their backend's algorithm, as otherwise only functions can."""
-
-    def convolve(layer: HyperConvNd, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
-        operands = (layer.dims, input, *layer._operands(), layer.kernel_size, layer.bias)
-        return functional.convolve(*operands, spaces, layer.groups, layer.backend, algorithm)
-
-    return type(base.__name__, (base,), {"_convolve": convolve})
 
 
 @lru_cache(maxsize=1)
@@ -218,8 +205,10 @@ def plans(layer: HyperConvNd, input: Tensor, phase: str, algorithm: str = "auto"
     """
     _, geometry = layer.geometry(input)
     coefficients = layer.coefficients
-    if ops.resolve(input, coefficients, geometry, layer.backend, algorithm) == "reference":
-        return ()
+    choice = (input, coefficients, geometry, layer.backend, algorithm)
+    with torch.set_grad_enabled(phase != "forward"):
+        if ops.resolve(*choice, kept=layer.keeps_kernel()) == "reference":
+            return ()
     basis = coefficients.new_empty((coefficients.shape[2], *layer.kernel_size))
     forward = ops.problem_of(0, (input, coefficients, basis), geometry)
     return planned(forward, phase, layer.backend, algorithm)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from hyperconv_ext import functional
+
 from . import ceilings, competitors, fourier, gate, machine, shapes, timing
 from .competitors import Competitor, arrange, cases, subject
 from .records import Record, Row
@@ -407,13 +409,13 @@ def test_circles_hold_the_image_and_one_side_s_padding() -> None:
 @pytest.mark.parametrize("algorithm", ["basis", "fft"])
 def test_a_layer_with_a_named_algorithm(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    convolve: Any = competitors.functional.convolve
+    convolve: Any = functional.convolve
 
     def watched(*args: Any) -> torch.Tensor:
-        asked.append(args[-2:])
-        return convolve(*args[:-2], "auto", "auto")
+        asked.append(args[-3:-1])
+        return convolve(*args[:-3], "auto", "auto", args[-1])
 
-    monkeypatch.setattr(competitors.functional, "convolve", watched)
+    monkeypatch.setattr(functional, "convolve", watched)
     named = replace(_competitor("cpu"), algorithm=algorithm)
     case = subject(_SMALL, "fp32")
     layer = case.layer(named)

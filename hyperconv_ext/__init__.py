@@ -3,8 +3,7 @@
 from . import functional
 from ._version import __version__
 from .conversion import convert, materialize
-from .fitting import FitResult
-from .hypernet import BasisTable, CoordinateMLP
+from .hypernet import CoordinateMLP
 from .modules import (
     HyperConv1d,
     HyperConv2d,
@@ -19,9 +18,7 @@ from .planner import PlanError
 from .report import explain
 
 __all__ = [
-    "BasisTable",
     "CoordinateMLP",
-    "FitResult",
     "HyperConv1d",
     "HyperConv2d",
     "HyperConv3d",

@@ -37,7 +37,7 @@ class WeightShape(NamedTuple):
     """W as it is built: K taps of `inputs` by `outputs` a group, of rank R, `width` bytes a number.
 
     `strides`: the product of the convolution's. `work`: multiply-adds of that with W, 0 if unknown.
-    `trained`: whether gradients may be asked for.
+    `trained`: whether gradients may be asked for. `kept`: whether W is there from an earlier call.
     """
 
     taps: int
@@ -48,6 +48,7 @@ class WeightShape(NamedTuple):
     strides: int = 1
     work: int = 0
     trained: bool = False
+    kept: bool = False
 
 
 def weight_shape(
@@ -57,6 +58,7 @@ def weight_shape(
     width: int,
     batch: int,
     trained: bool,
+    kept: bool = False,
 ) -> WeightShape:
     """Of the convolution by coefficients of a shape `[C_out, C_in/groups, R]`, or of its transposed.
 
@@ -66,7 +68,7 @@ def weight_shape(
     taps, pair = geometry.taps, (inputs, outputs // geometry.groups)
     pair = pair[::-1] if transposed else pair
     work = batch * geometry.output_positions * outputs * inputs * taps if batch else 0
-    return WeightShape(taps, *pair, rank, width, prod(geometry.stride), work, trained)
+    return WeightShape(taps, *pair, rank, width, prod(geometry.stride), work, trained, kept)
 
 
 @dataclass(frozen=True)

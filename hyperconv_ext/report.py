@@ -23,6 +23,7 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     Args:
         conv: the layer.
         input: x, `[B, C_in, *S]` or `[C_in, *S]`; only its shape, dtype, strides and device count.
+            Of a layer in evaluation (`conv.eval()`) what is described is a call without gradients.
 
     Returns:
         Text: how the hyper-network is evaluated; then for the forward operator and each gradient the
@@ -36,16 +37,21 @@ def explain(conv: HyperConvNd, input: Tensor) -> str:
     lines = [f"{type(conv).__name__}({conv.extra_repr()})"]
     lines.append(f"input {list(input.shape)}, {input.dtype}, {input.device}, backend={name!r}")
     lines.append(f"hyper-network: {_hypernet_line(conv, name)}")
+    with torch.set_grad_enabled(conv.training):
+        kept = conv.keeps_kernel()
+    builds = "keeps the weight between calls" if kept else "builds the weight"
     if name == "reference":
-        return "\n".join([*lines, "reference: builds the weight and calls the library convolution"])
+        return "\n".join([*lines, f"reference: {builds} and calls the library convolution"])
     with torch.no_grad():
         coefficients, basis = conv.kernel()
         batched, geometry = conv.geometry(input)
     operands = (batched, coefficients, geometry)
-    if ops.resolve(*operands, name, conv.algorithm, conv.transposed) == "reference":
+    with torch.set_grad_enabled(conv.training):
+        chosen = ops.resolve(*operands, name, conv.algorithm, conv.transposed, kept)
+    if chosen == "reference":
         rank = coefficients.shape[2]
         cheaper = f"cheaper at {geometry.taps} taps of rank {rank} on {input.device.type}"
-        return "\n".join([*lines, f"reference: builds the weight, {cheaper}"])
+        return "\n".join([*lines, f"reference: {builds}, {cheaper}"])
     forward = ops.problem_of(int(conv.transposed), (batched, coefficients, basis), geometry)
     for op in OPS:
         lines += _operator_lines(replace(forward, op=op), name, conv.algorithm)

@@ -170,6 +170,9 @@ def test_what_the_cpu_engine_outruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(25, 1, 8, work=10**9) and not taken(9, 1, 8, work=10**9)
     assert taken(9, 1, 8, work=10**9, trained=True) and not taken(9, 8, 16, work=10**9, trained=True)
     assert taken(9, 64, 128, strides=4) and not taken(9, 64, 128, strides=4, trained=True)
+    assert taken(9, 64, 64, work=2 * 10**7, kept=True) and not taken(1, 64, 64, work=10**7, kept=True)
+    assert taken(25, 1, 8, work=10**7) and not taken(25, 1, 8, work=10**7, kept=True)
+    assert taken(49, 1, 1, work=10**6, kept=True) and not taken(49, 1, 1, work=2 * 10**6, kept=True)
     amx = False
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     for instructions, expected in (("avx512_bf16", True), ("avx512", False)):

@@ -88,6 +88,7 @@ struct Engine {
   Status (*convolve)(const Convolution&, ParallelFor);
   Status (*mlp_forward)(const Mlp&, ParallelFor);
   Status (*mlp_backward)(const Mlp&, ParallelFor);
+  uint64_t (*digest)(const void* const* blocks, const int64_t* bytes, int32_t count);
 };
 
 extern const Engine kBaseline;

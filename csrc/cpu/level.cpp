@@ -7,6 +7,7 @@
 #include "planes_worker.h"
 #include "worker.h"
 #include "mlp.h"
+#include "digest.h"
 
 namespace hyperconv {
 namespace {
@@ -27,5 +28,5 @@ Status convolve(const Convolution& call, ParallelFor parallel_for) {
 
 }  // namespace
 
-const Engine HYPERCONV_LEVEL = {convolve, mlp_forward, mlp_backward};
+const Engine HYPERCONV_LEVEL = {convolve, mlp_forward, mlp_backward, digest};
 }

@@ -71,3 +71,7 @@ EXPORT int32_t hyperconv_cpu_mlp_forward(const hyperconv::Mlp* call) {
 EXPORT int32_t hyperconv_cpu_mlp_backward(const hyperconv::Mlp* call) {
   return level->engine->mlp_backward(*call, parallel_for);
 }
+
+EXPORT uint64_t hyperconv_cpu_digest(const void* const* blocks, const int64_t* bytes, int32_t count) {
+  return level->engine->digest(blocks, bytes, count);
+}

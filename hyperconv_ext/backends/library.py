@@ -5,6 +5,7 @@ The library-backed backends (`reference`, `composite`) are written with these ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,13 +82,18 @@ def _arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
     return geometry.stride, padding, geometry.dilation, False, no_output_padding, groups
 
 
+def _transposed_arguments(geometry: Geometry, groups: int) -> tuple[Any, ...]:
+    """The same of a transposed convolution."""
+    return geometry.stride, geometry.padding, geometry.dilation, True, geometry.output_padding, groups
+
+
 def convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> Tensor:
     """Cross-correlation `[B, C_in, *S]`, `[C_out, C_in/groups, *kernel]` -> `[B, C_out, *S']`."""
     if not geometry.symmetric:
         input = _pad(input, _explicit_padding(geometry))
-    return torch.ops.aten.convolution(input, weight, bias, *_arguments(geometry, groups))
+    return torch.convolution(input, weight, bias, *_arguments(geometry, groups))
 
 
 def transposed_convolution(
@@ -97,8 +103,17 @@ def transposed_convolution(
 
     `geometry` is that of the convolution whose input gradient this is.
     """
-    arguments = (geometry.stride, geometry.padding, geometry.dilation, True)
-    return torch.ops.aten.convolution(input, weight, bias, *arguments, geometry.output_padding, groups)
+    return torch.convolution(input, weight, bias, *_transposed_arguments(geometry, groups))
+
+
+def convolver(
+    geometry: Geometry, groups: int, transposed: bool
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """`convolution`, or `transposed_convolution`, of this geometry, for many calls."""
+    if not transposed and not geometry.symmetric:
+        return lambda input, weight, bias: convolution(input, weight, bias, geometry, groups)
+    arguments = (_transposed_arguments if transposed else _arguments)(geometry, groups)
+    return lambda input, weight, bias: torch.convolution(input, weight, bias, *arguments)
 
 
 def convolution_input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:

@@ -40,9 +40,15 @@ def basis_conv(
     transposed: bool = False,
 ) -> Tensor:
     """`F.convNd` or `F.conv_transposeNd` with W built in memory; arguments as in `ops.basis_conv`."""
-    weight = materialize_weight(coefficients, basis)
+    return convolve(input, materialize_weight(coefficients, basis), bias, geometry, transposed)
+
+
+def convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, transposed: bool
+) -> Tensor:
+    """`F.convNd` or `F.conv_transposeNd` by W as `materialize_weight` gives it."""
     if weight.numel() == 0:  # no channels in or out, which the library refuses
-        channels = coefficients.shape[1] * geometry.groups if transposed else coefficients.shape[0]
+        channels = weight.shape[1] * geometry.groups if transposed else weight.shape[0]
         size = geometry.input_size if transposed else geometry.output_size
         nothing = 0 * (input.sum() + weight.sum())
         output = nothing.expand(input.shape[0], channels, *size)

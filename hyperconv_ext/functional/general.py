@@ -76,6 +76,35 @@ def _checked(
     return geometry(input, kernel.shape[1:], *spaces, groups)
 
 
+def checked_geometry(
+    dims: int,
+    input: Tensor,
+    coefficients: Tensor,
+    kernel: Kernel,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    spaces: tuple[int | Sequence[int] | str, ...],
+    groups: int,
+    backend: str,
+    algorithm: str,
+    transposed: bool,
+) -> Geometry:
+    """The geometry of what `convolve` is called with, if that is sound.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    sizes, columns = meta("input", input), meta("coefficients", coefficients)
+    offsets = None if bias is None else meta("bias", bias)
+    if isinstance(kernel, ops.Mlp):
+        known: Meta | _Network = _Network.of(kernel)
+    else:
+        known = meta("basis", kernel)
+    same_dtype = autocast_dtype(sizes.device) is None
+    operands = (dims, sizes, columns, known, kernel_size, offsets, spaces, groups)
+    return _checked(*operands, backend, algorithm, transposed, same_dtype)
+
+
 _steps: dict[Hashable, ops.Step | None] = {}  # of operands that are known to be sound
 _MOST_STEPS = 4096
 
@@ -116,16 +145,9 @@ def convolve(
                 key = None
         if step is not None:
             return step(input, coefficients, kernel, bias)
-    sizes, columns = meta("input", input), meta("coefficients", coefficients)
-    offsets = None if bias is None else meta("bias", bias)
-    if isinstance(kernel, ops.Mlp):
-        known: Meta | _Network = _Network.of(kernel)
-    else:
-        known = meta("basis", kernel)
-    same_dtype = autocast_dtype(sizes.device) is None
-    operands = (dims, sizes, columns, known, kernel_size, offsets, spaces, groups)
-    geometry = _checked(*operands, backend, algorithm, transposed, same_dtype)
-    batched = input if len(sizes.shape) == dims + 2 else input.unsqueeze(0)
+    operands = (dims, input, coefficients, kernel, kernel_size, bias, spaces, groups)
+    geometry = checked_geometry(*operands, backend, algorithm, transposed)
+    batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
     rest = (bias, geometry, backend, algorithm, transposed)
     if isinstance(kernel, ops.Mlp):
         if key is not None and key not in _steps and batched is input:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..autocast import without_autocast
 from ..backends.library import product
-from .inspection import overwrite
+from .inspection import calls_forward_only, overwrite, watching_every_module
 
 
 class TapBatchNorm(nn.Module):
@@ -41,6 +41,10 @@ class TapBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tuple(shape), device=device, dtype=dtype))
         # From a checkpoint of BatchNorm's, until the layer, which knows A and phi, adopts them.
         self.loaded_statistics: tuple[Tensor, Tensor] | None = None
+
+    def is_ours(self) -> bool:
+        """Whether a call of this is its forward and nothing else."""
+        return calls_forward_only(self, TapBatchNorm) and not watching_every_module()
 
     def forward(self, coefficients: Tensor, basis: Tensor) -> Tensor:
         """Coefficients of the normalised kernel.

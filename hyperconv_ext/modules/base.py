@@ -23,11 +23,9 @@ from ..checks import (
     meta,
     per_axis,
 )
-from ..fitting import FitResult
 from ..geometry import Geometry
 from ..hypernet import (
     BasisMixing,
-    BasisTable,
     CoordinateMLP,
     TapBatchNorm,
     floating_dtype,
@@ -35,6 +33,7 @@ from ..hypernet import (
 )
 from ..taps import check_coordinate_name, taps_beside
 from . import exchange
+from .inference import KernelKeeper, convolve_by_kept, keeps_kernel, kept_kernel
 from .start import draw, network
 from .weight import REMEDY, read_only
 
@@ -73,7 +72,7 @@ class HyperConvNd(nn.Module, ABC):
     algorithm: str = "auto"  # of a layer that was pickled when there was none to name
     weight_norm: TapBatchNorm | None
     mixing: BasisMixing | None
-    fit_result: FitResult | None = None  # of `from_conv(init='fit')`, which made the layer
+    _keeper: KernelKeeper | None = None
     _channels_last = False  # the format `.to(memory_format=...)` has left the layer in
 
     def __init__(
@@ -318,7 +317,6 @@ class HyperConvNd(nn.Module, ABC):
         with scale 1 and shift 0 (Ma et al., WACV 2022, and their code).
         """
         draw(self, isinstance(self.hypernet, CoordinateMLP))
-        self.fit_result = None
 
     def _basis(self, backend: str) -> Tensor:
         """phi `[R, K]`; its last row is a constant function when a bias or a norm needs it."""
@@ -336,8 +334,23 @@ class HyperConvNd(nn.Module, ABC):
 
     def _operands(self) -> tuple[Tensor, functional.Kernel]:
         """(A, phi or the MLP whose output it is) of the next forward pass."""
-        mlp = self._mlp() if self._modules.get("weight_norm") is None else None
-        return self.kernel() if mlp is None else (self._parameter("coefficients"), mlp)
+        mlp = self._mlp()
+        if mlp is not None and self._modules.get("weight_norm") is None:
+            return self._parameter("coefficients"), mlp
+        kept = kept_kernel(self, mlp) if mlp is not None and self.keeps_kernel() else None
+        return self.kernel() if kept is None else (kept.coefficients, kept.basis)
+
+    def keeps_kernel(self) -> bool:
+        """Whether phi and W may be kept between calls now: in evaluation, without gradients, on a CPU.
+
+        Not by a subclass that computes its kernel in its own way. See `modules.inference`.
+        """
+        return keeps_kernel(self) and type(self).kernel is HyperConvNd.kernel
+
+    def train(self: _Layer, mode: bool = True) -> _Layer:
+        """As nn.Module; the kernel that is kept in evaluation is forgotten."""
+        self._keeper = None
+        return super().train(mode)
 
     def _parameter(self, name: str) -> Any:
         """As an attribute, found at once where no parametrization has taken its place."""
@@ -347,9 +360,20 @@ class HyperConvNd(nn.Module, ABC):
     def _convolve(self, input: Tensor, spaces: tuple[Any, ...]) -> Tensor:
         """The layer's output for the padded `input`; `spaces` as `functional.convolve` takes them."""
         last = self._channels_last and self._weight_would_be_channels_last()
-        output = functional.convolve(
+        given = self._batched(input) if last else input
+        output = convolve_by_kept(self, given, spaces) if self.keeps_kernel() else None
+        if output is None:
+            output = functional.convolve(*self._arguments(given, spaces))
+        if last:
+            output = layout.as_channels_last(output)
+            return output if input.dim() == output.dim() else output.squeeze(0)
+        return output
+
+    def _arguments(self, input: Tensor, spaces: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `functional.convolve` takes."""
+        return (
             self.dims,
-            self._batched(input) if last else input,
+            input,
             *self._operands(),
             self.kernel_size,
             self._parameter("bias"),
@@ -359,10 +383,6 @@ class HyperConvNd(nn.Module, ABC):
             self.algorithm,
             self.transposed,
         )
-        if last:
-            output = layout.as_channels_last(output)
-            return output if input.dim() == output.dim() else output.squeeze(0)
-        return output
 
     def _batched(self, input: Tensor) -> Tensor:
         """`input` with a batch axis, and channels last if the layer is."""
@@ -378,13 +398,9 @@ class HyperConvNd(nn.Module, ABC):
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
-        return self._kernel(self.backend)
-
-    def _kernel(self, backend: str) -> tuple[Tensor, Tensor]:
-        """`kernel()`, by this backend for the MLP."""
         coefficients = self.coefficients
         check_tensor("coefficients", meta("coefficients", coefficients))
-        basis = self._basis(backend)
+        basis = self._basis(self.backend)
         if self.weight_norm is not None:
             coefficients = self.weight_norm(coefficients, basis)
         return coefficients, basis.view(-1, *self.kernel_size)
@@ -425,13 +441,10 @@ class HyperConvNd(nn.Module, ABC):
             padding: of the copy; None keeps this layer's, `'same'` follows the kernel size.
             dilation: of the copy; None keeps this layer's.
 
-        A `BasisTable` is interpolated linearly, if no tap of the copy lies outside of its own.
-
         Raises:
-            TypeError, ValueError: as the constructor; or a table does not reach so far.
+            TypeError, ValueError: as the constructor.
         """
         layer = copy.deepcopy(self)
-        layer.fit_result = None
         layer.__dict__["kernel_size"] = per_axis("kernel_size", kernel_size, self.dims, 1)
         if padding is not None:
             layer.padding = padding
@@ -440,9 +453,6 @@ class HyperConvNd(nn.Module, ABC):
             pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
             spacings = tuple(spacing * new / old for new, old, spacing in pairs)
             layer.__dict__["tap_spacing"] = spacings
-        if isinstance(layer.hypernet, BasisTable):
-            ratios = [new / old for new, old in zip(layer.tap_spacing, self.tap_spacing, strict=True)]
-            layer.hypernet.resample(layer.kernel_size, layer.coordinates, ratios)
         if layer.weight_norm is not None and not without_numbers(self.coefficients):
             statistics = layer.weight_norm.statistics(self.coefficients, self._basis("reference"))
             layer.weight_norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
@@ -462,32 +472,20 @@ class HyperConvNd(nn.Module, ABC):
         """A hyper-convolution in the place of `conv`, a layer of the class this one replaces.
 
         It takes over the sizes, bias, device, dtype, memory format, `requires_grad` and whether it
-        trains; hooks it does not. With `init='fit'` W comes near `conv.weight`, and `fit_result` says
-        how near, beside the least error that any kernels of that rank have. The smoother the kernels
-        are, the smaller are both; those of an untrained convolution are noise, of which only as many
-        functions as taps hold all.
+        trains; hooks it does not.
 
         Args:
             conv: `nn.ConvNd`, or a subclass that adds nothing to its forward pass. Of a parametrised
                 one the weight of the moment is taken.
             rank: R of the kernel over its taps, the constant function included: the MLP has
                 `num_features = R - 1`, without `weight_bias` R. None leaves it to the other arguments.
-            max_error: fit at the smallest rank whose error is not above this, relative to the norm of
-                `conv.weight`; in the place of `rank`. It fits at each rank from the first for which
-                that is possible.
-            init: `'fit'` finds the basis functions by variable projection (see `fitting`), from several
-                starts, and the coefficients for them by least squares. A `hypernet` that was given is
-                fitted from how it is, or as it is if nothing in it requires gradients; a `BasisTable`
-                becomes the best there is. A norm over the taps is set such that it changes nothing.
-                `'match'` draws the layer as `reset_parameters` does, and scales W as the deviation of
+            init: `'match'` draws the layer as `reset_parameters` does, and scales W as the deviation of
                 `conv.weight` differs from that of nn.ConvNd's own draw.
-            progress: show a bar while fitting; needs tqdm.
             hypernet_options: the constructor's keywords, from `hidden_features` on.
 
         Raises:
             TypeError, ValueError: `conv` is of another class or computes something else, or an argument
-                is out of range; or `max_error` is not reached at any rank.
-            ImportError: `progress` without tqdm.
+                is out of range.
         """
         return exchange.from_conv(cls, conv, rank, max_error, init, progress, hypernet_options)  # type: ignore[return-value]
 
@@ -499,11 +497,6 @@ class HyperConvNd(nn.Module, ABC):
         are this layer's; hooks, `backend` and `algorithm` are not.
         """
         return exchange.to_conv(self)
-
-    @property
-    def num_features(self) -> int:
-        """N, the number of features that the hyper-network has per tap."""
-        return self.coefficients.shape[2] - self.weight_bias
 
     @property
     def rank(self) -> int:

@@ -5,12 +5,13 @@ from .convolution import basis_conv, form, resolve
 from .execution import problem_of
 from .hyper import Mlp, Step, hyper_conv, step, step_key
 from .mlp import coordinate_mlp
-from .registry import keep_operators
+from .registry import can_skip_dispatch, keep_operators
 
 __all__ = [
     "Mlp",
     "Step",
     "basis_conv",
+    "can_skip_dispatch",
     "coordinate_mlp",
     "flops",
     "form",

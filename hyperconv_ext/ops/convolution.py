@@ -221,10 +221,11 @@ def resolve(
     backend: str,
     algorithm: str,
     transposed: bool = False,
+    kept: bool = False,
 ) -> str:
-    """As `planner.resolve`, for W as it would be built for this input."""
+    """As `planner.resolve`, for W as it would be built for this input, or is `kept`."""
     batch = 0 if torch.compiler.is_compiling() else input.shape[0]  # a graph may meet others
-    choice = (input.dtype.itemsize, batch, torch.is_grad_enabled())
+    choice = (input.dtype.itemsize, batch, torch.is_grad_enabled(), kept)
     weight = weight_shape(coefficients.shape, geometry, transposed, *choice)
     return planner.resolve(backend, algorithm, input.device.type, weight)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_double, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from struct import pack
 from typing import NamedTuple
 
 import torch
@@ -123,6 +125,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hyperconv_cpu_convolve.argtypes = [ctypes.POINTER(Convolution)]
     library.hyperconv_cpu_mlp_forward.argtypes = [ctypes.POINTER(Mlp)]
     library.hyperconv_cpu_mlp_backward.argtypes = [ctypes.POINTER(Mlp)]
+    library.hyperconv_cpu_digest.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        c_int32,
+    ]  # arrays of c_int64
+    library.hyperconv_cpu_digest.restype = c_uint64
 
 
 def _start(library: ctypes.CDLL) -> _Loaded:
@@ -217,6 +225,17 @@ def mlp_backward(call: Mlp) -> None:
             call,
             ("dtype", "taps", "layers", "activation", "threads"),
         )
+
+
+def digest(addresses: Sequence[int], sizes: Sequence[int]) -> int:
+    """A number that differs, but for a chance of 2^-64, where a byte of these blocks of memory does.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    count = len(addresses)
+    layout = f"{count}q"
+    return _engine().hyperconv_cpu_digest(pack(layout, *addresses), pack(layout, *sizes), count)
 
 
 def _fail(status: int, what: str, call: ctypes.Structure, fields: tuple[str, ...]) -> None:
