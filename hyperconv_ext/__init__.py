@@ -3,7 +3,8 @@
 from . import functional
 from ._version import __version__
 from .conversion import convert, materialize
-from .hypernet import CoordinateMLP
+from .fitting import FitResult
+from .hypernet import BasisTable, CoordinateMLP
 from .modules import (
     HyperConv1d,
     HyperConv2d,
@@ -18,7 +19,9 @@ from .planner import PlanError
 from .report import explain
 
 __all__ = [
+    "BasisTable",
     "CoordinateMLP",
+    "FitResult",
     "HyperConv1d",
     "HyperConv2d",
     "HyperConv3d",

@@ -2,13 +2,16 @@
 
 from ..taps import COORDINATES, tap_coordinates
 from .inspection import blank, floating_dtype, overwrite, without_numbers
-from .mixing import BasisMixing, independence
+from .mixing import DEPENDENT, BasisMixing, independence
 from .mlp import CoordinateMLP, MLPLayer, he_normal_
 from .norm import TapBatchNorm
+from .table import BasisTable
 
 __all__ = [
     "COORDINATES",
+    "DEPENDENT",
     "BasisMixing",
+    "BasisTable",
     "CoordinateMLP",
     "MLPLayer",
     "TapBatchNorm",

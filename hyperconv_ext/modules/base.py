@@ -23,9 +23,11 @@ from ..checks import (
     meta,
     per_axis,
 )
+from ..fitting import FitResult
 from ..geometry import Geometry
 from ..hypernet import (
     BasisMixing,
+    BasisTable,
     CoordinateMLP,
     TapBatchNorm,
     floating_dtype,
@@ -72,6 +74,7 @@ class HyperConvNd(nn.Module, ABC):
     algorithm: str = "auto"  # of a layer that was pickled when there was none to name
     weight_norm: TapBatchNorm | None
     mixing: BasisMixing | None
+    fit_result: FitResult | None = None  # of `from_conv(init='fit')`, which made the layer
     _keeper: KernelKeeper | None = None
     _channels_last = False  # the format `.to(memory_format=...)` has left the layer in
 
@@ -317,6 +320,7 @@ class HyperConvNd(nn.Module, ABC):
         with scale 1 and shift 0 (Ma et al., WACV 2022, and their code).
         """
         draw(self, isinstance(self.hypernet, CoordinateMLP))
+        self.fit_result = None
 
     def _basis(self, backend: str) -> Tensor:
         """phi `[R, K]`; its last row is a constant function when a bias or a norm needs it."""
@@ -398,9 +402,13 @@ class HyperConvNd(nn.Module, ABC):
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """(A `[C_out, C_in/groups, R]`, phi `[R, *kernel]`) of W = A phi; A's axes as W's first two."""
+        return self._kernel(self.backend)
+
+    def _kernel(self, backend: str) -> tuple[Tensor, Tensor]:
+        """`kernel()`, by this backend for the MLP."""
         coefficients = self.coefficients
         check_tensor("coefficients", meta("coefficients", coefficients))
-        basis = self._basis(self.backend)
+        basis = self._basis(backend)
         if self.weight_norm is not None:
             coefficients = self.weight_norm(coefficients, basis)
         return coefficients, basis.view(-1, *self.kernel_size)
@@ -441,10 +449,13 @@ class HyperConvNd(nn.Module, ABC):
             padding: of the copy; None keeps this layer's, `'same'` follows the kernel size.
             dilation: of the copy; None keeps this layer's.
 
+        A `BasisTable` is interpolated linearly, if no tap of the copy lies outside of its own.
+
         Raises:
-            TypeError, ValueError: as the constructor.
+            TypeError, ValueError: as the constructor; or a table does not reach so far.
         """
         layer = copy.deepcopy(self)
+        layer.fit_result = None
         layer.__dict__["kernel_size"] = per_axis("kernel_size", kernel_size, self.dims, 1)
         if padding is not None:
             layer.padding = padding
@@ -453,6 +464,9 @@ class HyperConvNd(nn.Module, ABC):
             pairs = zip(layer.dilation, self.dilation, self.tap_spacing, strict=True)
             spacings = tuple(spacing * new / old for new, old, spacing in pairs)
             layer.__dict__["tap_spacing"] = spacings
+        if isinstance(layer.hypernet, BasisTable):
+            ratios = [new / old for new, old in zip(layer.tap_spacing, self.tap_spacing, strict=True)]
+            layer.hypernet.resample(layer.kernel_size, layer.coordinates, ratios)
         if layer.weight_norm is not None and not without_numbers(self.coefficients):
             statistics = layer.weight_norm.statistics(self.coefficients, self._basis("reference"))
             layer.weight_norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
@@ -472,20 +486,32 @@ class HyperConvNd(nn.Module, ABC):
         """A hyper-convolution in the place of `conv`, a layer of the class this one replaces.
 
         It takes over the sizes, bias, device, dtype, memory format, `requires_grad` and whether it
-        trains; hooks it does not.
+        trains; hooks it does not. With `init='fit'` W comes near `conv.weight`, and `fit_result` says
+        how near, beside the least error that any kernels of that rank have. The smoother the kernels
+        are, the smaller are both; those of an untrained convolution are noise, of which only as many
+        functions as taps hold all.
 
         Args:
             conv: `nn.ConvNd`, or a subclass that adds nothing to its forward pass. Of a parametrised
                 one the weight of the moment is taken.
             rank: R of the kernel over its taps, the constant function included: the MLP has
                 `num_features = R - 1`, without `weight_bias` R. None leaves it to the other arguments.
-            init: `'match'` draws the layer as `reset_parameters` does, and scales W as the deviation of
+            max_error: fit at the smallest rank whose error is not above this, relative to the norm of
+                `conv.weight`; in the place of `rank`. It fits at each rank from the first for which
+                that is possible.
+            init: `'fit'` finds the basis functions by variable projection (see `fitting`), from several
+                starts, and the coefficients for them by least squares. A `hypernet` that was given is
+                fitted from how it is, or as it is if nothing in it requires gradients; a `BasisTable`
+                becomes the best there is. A norm over the taps is set such that it changes nothing.
+                `'match'` draws the layer as `reset_parameters` does, and scales W as the deviation of
                 `conv.weight` differs from that of nn.ConvNd's own draw.
+            progress: show a bar while fitting; needs tqdm.
             hypernet_options: the constructor's keywords, from `hidden_features` on.
 
         Raises:
             TypeError, ValueError: `conv` is of another class or computes something else, or an argument
-                is out of range.
+                is out of range; or `max_error` is not reached at any rank.
+            ImportError: `progress` without tqdm.
         """
         return exchange.from_conv(cls, conv, rank, max_error, init, progress, hypernet_options)  # type: ignore[return-value]
 
@@ -497,6 +523,11 @@ class HyperConvNd(nn.Module, ABC):
         are this layer's; hooks, `backend` and `algorithm` are not.
         """
         return exchange.to_conv(self)
+
+    @property
+    def num_features(self) -> int:
+        """N, the number of features that the hyper-network has per tap."""
+        return self.coefficients.shape[2] - self.weight_bias
 
     @property
     def rank(self) -> int:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import layout
+from .. import fitting, layout
 from ..autocast import without_autocast
 from ..backends.reference import materialize_weight
-from ..checks import check_name, integer
+from ..checks import check_name, integer, positive_number
 from ..hypernet import overwrite, without_numbers
-from ..ops.sharding import whole
+from ..ops.sharding import distributed
+from .start import draw_hypernet
 
 if TYPE_CHECKING:
     from .base import HyperConvNd
 
-INITS = ("match",)
+INITS = ("fit", "match")
 _SHARED = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -57,7 +61,6 @@ def to_conv(layer: HyperConvNd) -> nn.Module:
     return conv.train(layer.training)
 
 
-@torch.no_grad()
 def from_conv(
     cls: type[HyperConvNd],
     conv: nn.Module,
@@ -70,20 +73,29 @@ def from_conv(
     """See `HyperConvNd.from_conv`."""
     check_name("init", init, INITS)
     weight, bias = _checked(cls, conv)
-    layer = cls(
-        **_settings(conv),
-        device=weight.device,
-        dtype=weight.dtype,
-        **_with_rank(cls, rank, options),
-    )
-    if rank is not None and layer.rank != rank:
-        raise ValueError(
-            f"rank: expected {layer.rank}, which the hypernet given has, got {rank}; leave out rank"
-        )
-    if not without_numbers(weight):
-        _match(layer, weight)
-    if bias is not None:
-        overwrite(layer, "bias", bias)
+    if max_error is not None:
+        _check_sole(max_error, rank, init, options)
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+        make = partial(_drawn, cls, conv, weight, options)
+        if init == "match":
+            layer = make(rank)
+            if not without_numbers(weight):
+                _match(layer, weight)
+        elif without_numbers(weight):
+            raise ValueError(
+                f"conv: expected a weight to fit to, got one without numbers on {weight.device}; "
+                f"materialise it first, or draw the layer with init='match'"
+            )
+        else:
+            kernels = fitting.Kernels(weight)
+            attempt = partial(_fitted, make, kernels, options.get("hypernet") is None, progress)
+            if max_error is None:
+                layer = attempt(rank)
+            else:
+                ranks = _ranks(kernels, max_error, options)
+                layer = _smallest(attempt, ranks, max_error)
+        if bias is not None:
+            overwrite(layer, "bias", bias)
     if not weight.requires_grad:
         layer.requires_grad_(False)
     if bias is not None:
@@ -94,7 +106,25 @@ def from_conv(
     return layer.train(conv.training)
 
 
-def _with_rank(cls: type[HyperConvNd], rank: int | None, options: dict[str, Any]) -> dict[str, Any]:
+def _drawn(
+    cls: type[HyperConvNd], conv: Any, weight: Tensor, options: dict[str, Any], rank: int | None
+) -> HyperConvNd:
+    """A fresh layer of the sizes of `conv`."""
+    where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    layer = cls(**_settings(conv), **where, **_with_rank(rank, options))
+    if rank is not None and layer.rank != rank:
+        raise ValueError(
+            f"rank: expected {layer.rank}, which the hypernet given has, got {rank}; leave out rank"
+        )
+    return layer
+
+
+def _constant(options: dict[str, Any]) -> bool:
+    """Whether a layer made with these keywords has the constant function beside its features."""
+    return bool(options.get("weight_bias", True)) or options.get("weight_norm") is not None
+
+
+def _with_rank(rank: int | None, options: dict[str, Any]) -> dict[str, Any]:
     """The keywords of the constructor, with the number of features that gives a kernel of `rank`."""
     if rank is None:
         return options
@@ -103,7 +133,7 @@ def _with_rank(cls: type[HyperConvNd], rank: int | None, options: dict[str, Any]
             f"num_features: expected not to be given beside rank={rank}, got {options['num_features']}; "
             f"leave one of them out"
         )
-    constant = bool(options.get("weight_bias", True)) or options.get("weight_norm") is not None
+    constant = _constant(options)
     return {**options, "num_features": integer("rank", rank, 1 + constant) - constant}
 
 
@@ -113,7 +143,7 @@ def _match(layer: HyperConvNd, weight: Tensor) -> None:
         return
     deviation = _root_mean_square(weight)
     if layer.mixing is None:  # drawn as published, without regard to nn.ConvNd
-        usual = _root_mean_square(materialize_weight(*layer.kernel()))
+        usual = _root_mean_square(materialize_weight(*layer._kernel("reference")))
     else:
         usual = 1 / math.sqrt(3 * weight[0].numel())
     norm = layer.weight_norm
@@ -122,8 +152,101 @@ def _match(layer: HyperConvNd, weight: Tensor) -> None:
         overwrite(module, name, getattr(module, name) * (deviation / usual))
 
 
+def _fitted(
+    make: Callable[[int | None], HyperConvNd],
+    kernels: fitting.Kernels,
+    own: bool,
+    progress: bool,
+    rank: int | None,
+) -> HyperConvNd:
+    """A layer of this rank whose W comes near the kernels; its MLP is its `own`, or was given."""
+    begin = time.perf_counter()
+    layer = make(rank)
+    mixing = layer.mixing
+    fitting.fit(
+        layer.hypernet,
+        layer.taps,
+        kernels,
+        constant=layer.rank > layer.num_features,
+        redraw=partial(draw_hypernet, layer) if own else None,
+        progress=progress,
+    )
+    if mixing is not None:
+        mixing.fit(layer._module_features())
+    _solve(layer, kernels)
+    error = kernels.error(materialize_weight(*layer._kernel("reference")))
+    seconds = time.perf_counter() - begin
+    layer.fit_result = fitting.FitResult(error, kernels.best_error(layer.rank), layer.rank, seconds)
+    return layer
+
+
+def _solve(layer: HyperConvNd, kernels: fitting.Kernels) -> None:
+    """Set the coefficients to the least-squares solution, and a norm so that W is what they give."""
+    basis = layer._basis("reference")
+    solution = kernels.coefficients(basis)
+    shape = layer.coefficients.shape
+    columns = solution[:, : shape[2]].reshape(shape)  # a norm may have the constant function to itself
+    norm = layer.weight_norm
+    if norm is None:
+        overwrite(layer, "coefficients", columns.to(layer.coefficients))
+        return
+    size = float(columns.square().mean().sqrt()) or 1.0
+    overwrite(layer, "coefficients", (columns / size).to(layer.coefficients))
+    _, variance = norm.statistics(layer.coefficients, basis)
+    means = (solution @ basis.mean(1).to(solution)).view(shape[:2])
+    overwrite(norm, "weight", (size * torch.sqrt(variance + norm.eps)).to(norm.weight))
+    overwrite(norm, "bias", means.to(norm.bias))
+
+
+def _check_sole(max_error: float, rank: int | None, init: str, options: dict[str, Any]) -> None:
+    """Raise unless `max_error` is what decides on the rank."""
+    positive_number("max_error", max_error)
+    others = {"rank": rank, "num_features": options.get("num_features")}
+    given = [f"{name}={value}" for name, value in others.items() if value is not None]
+    if given or init != "fit":
+        raise TypeError(
+            f"max_error: expected to decide on the rank of a fit, got it beside "
+            f"{', '.join(given) or f'init={init!r}'}; leave one of them out"
+        )
+
+
+def _ranks(kernels: fitting.Kernels, max_error: float, options: dict[str, Any]) -> Sequence[int | None]:
+    """Ranks at which kernels, if not the hyper-network's, come as near as `max_error`."""
+    if options.get("hypernet") is not None:
+        return [None]
+    least, taps = 1 + _constant(options), kernels.rows.shape[1]
+    possible = [rank for rank in range(least, taps) if kernels.best_error(rank) <= max_error]
+    return [*possible, max(least, taps)]
+
+
+def _smallest(
+    attempt: Callable[[int | None], HyperConvNd], ranks: Sequence[int | None], max_error: float
+) -> HyperConvNd:
+    """The first layer whose error is at most `max_error`, of ascending ranks: errors descend."""
+    fits: dict[int, Any] = {}
+
+    def good(index: int) -> bool:
+        fits[index] = attempt(ranks[index])
+        return fits[index].fit_result.error <= max_error
+
+    low, high, stride = -1, 0, 1
+    while not good(high):
+        if high == len(ranks) - 1:
+            best = min((layer.fit_result for layer in fits.values()), key=lambda result: result.error)
+            raise ValueError(
+                f"max_error: expected an error that this hyper-network reaches, got {max_error}; the "
+                f"least that it came to is {best.error:.3g} at rank {best.rank}, where the best kernels "
+                f"have {best.best_error:.3g}; allow more, widen hidden_features, or pass a BasisTable"
+            )
+        low, high, stride = high, min(high + stride, len(ranks) - 1), 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return fits[high]
+
+
 def _root_mean_square(weight: Tensor) -> float:
-    return float(whole(weight).detach().to("cpu", torch.float64).square().mean().sqrt())
+    return float(weight.detach().to("cpu", torch.float64).square().mean().sqrt())
 
 
 def _checked(cls: type[HyperConvNd], conv: Any) -> tuple[Tensor, Tensor | None]:
@@ -139,6 +262,10 @@ def _checked(cls: type[HyperConvNd], conv: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"conv: expected a layer that has its parameters, got {name} before its first call; call it "
             f"once, or make a layer of the class Lazy{cls.__name__}"
+        )
+    if distributed((conv.weight,)):
+        raise TypeError(
+            "conv: expected a plain weight, got a DTensor; make the layer first, then distribute it"
         )
     theirs = type(conv)
     changed = [n for n in ("forward", "_conv_forward") if getattr(theirs, n, 0) != getattr(dense, n, 0)]

@@ -60,7 +60,7 @@ def draw(layer: HyperConvNd, hypernet: bool) -> None:
     group_channels, taps = layer.coefficients.shape[1], math.prod(layer.kernel_size)
     bound = 1 / math.sqrt(group_channels * taps) if group_channels else 0.0
     if hypernet:
-        _draw_hypernet(layer)
+        draw_hypernet(layer)
     norm = layer.weight_norm
     if norm is not None:
         mixed = layer.mixing is not None
@@ -84,7 +84,7 @@ def draw(layer: HyperConvNd, hypernet: bool) -> None:
         overwrite(layer, "bias", blank(layer.bias).uniform_(-bound, bound))
 
 
-def _draw_hypernet(layer: HyperConvNd) -> None:
+def draw_hypernet(layer: HyperConvNd) -> None:
     """A fresh MLP: of several, in the orthonormal parametrization, the least dependent."""
     hypernet = layer.hypernet
     if layer.mixing is None or without_numbers(layer._like()):
