@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test sweep oldest oldest-quick bench wheel lint docs docs-check aot gpu gpu-quick clean
+.PHONY: setup test sweep oldest oldest-quick models bench wheel lint docs docs-check aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
@@ -54,6 +54,20 @@ oldest: $(OLDEST)/.ready $(ENGINE)
 oldest-quick: $(OLDEST)/.ready $(ENGINE)
 	$(BIN)/python -m pytest $(OLDEST_QUICK) -q $(XDIST) -m "not alone and not sweep"
 
+# Models of other packages: converted, trained, brought back. In an environment of its own, torch and
+# torchvision in one call, since each needs the other's version.
+MODELS ?= .venv-models
+MODELS_TORCH ?= torch==2.14.1 torchvision==0.29.1
+$(MODELS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(MODELS)
+	$(MODELS)/bin/python -m pip install -q $(MODELS_TORCH)
+	HYPERCONV_BUILD_CUDA=0 $(MODELS)/bin/python -m pip install -q -e ".[models]"
+	touch $@
+
+models: BIN := $(MODELS)/bin
+models: $(MODELS)/.ready $(ENGINE)
+	$(BIN)/python -m pytest tests/models $(XDIST) --durations=5
+
 bench: $(READY) $(ENGINE)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q
 
@@ -93,4 +107,4 @@ gpu-quick:
 	COMMIT=$(COMMIT) $(PYTHON) -m benchmarks.gpu $(OUT) --quick
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ENGINE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(MODELS) $(ENGINE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

@@ -154,7 +154,7 @@ class _Plan(NamedTuple):
         row.parameters_after = _parameters(layer)
         row.multiply_adds_after = _multiply_adds(layer)
         row.rank = layer.rank
-        fit: Any = getattr(layer, "fit_result", None)
+        fit: Any = layer.fit_result
         if fit is not None:
             row.error, row.best_error = fit.error, fit.best_error
         row.seconds = time.perf_counter() - start

@@ -46,7 +46,12 @@ def vit_stem() -> nn.Module:
 
 def unet(dims: int) -> nn.Module:
     return monai_nets.UNet(
-        spatial_dims=dims, in_channels=1, out_channels=2, channels=(16, 32, 64), strides=(2, 2), num_res_units=1
+        spatial_dims=dims,
+        in_channels=1,
+        out_channels=2,
+        channels=(16, 32, 64),
+        strides=(2, 2),
+        num_res_units=1,
     )
 
 
@@ -119,7 +124,7 @@ def test_a_model_is_converted_trained_and_brought_back(name: str) -> None:
     torch.manual_seed(0)
     make, shape, expected, others = CASES[name]
     model = make()
-    kinds = {name: type(module) for name, module in model.named_modules()}
+    kinds = {path: type(module) for path, module in model.named_modules()}
     x = torch.randn(2, *shape)
     report = convert(model, progress=False)
     assert len(report.converted) == expected, str(report)
@@ -147,5 +152,5 @@ def test_a_model_is_converted_trained_and_brought_back(name: str) -> None:
     scale = output.abs().max()
     for other in (again, fused):
         assert (other - output).abs().max() <= 1e-4 * scale
-    for name, module in model.named_modules():
-        assert kinds[name] is type(module) or isinstance(module, kinds[name].__base__), name
+    for path, module in model.named_modules():
+        assert kinds[path] is type(module) or isinstance(module, kinds[path].__base__), path
