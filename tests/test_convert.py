@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from hyperconv_ext import HyperConv2d, convert
+from hyperconv_ext import BasisTable, HyperConv2d, convert, materialize
 from hyperconv_ext.conversion import Report
 from hyperconv_ext.conversion.enlarge import enlarged
 from hyperconv_ext.conversion.padding import PaddedHyperConv2d, PadsInput, pad_input
@@ -633,6 +633,71 @@ def test_kernel_size_by_a_function() -> None:
 
 def test_a_strided_layer_without_overlap_cannot_follow() -> None:
     assert "smaller than its stride" in reason(SamePad(16, 16, 2, stride=4), kernel_size=4)
+
+
+# ---- kernels that are kept
+
+
+def of_rank(weight: Tensor, rank: int) -> Tensor:
+    """The nearest kernel of this rank over the taps."""
+    left, values, right = torch.linalg.svd(weight.flatten(2).flatten(0, 1), full_matrices=False)
+    return (left[:, :rank] * values[:rank] @ right[:rank]).view_as(weight)
+
+
+def test_fit_keeps_the_function_and_reports_its_error() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3))
+    with torch.no_grad():
+        for conv in (model[0], model[2]):
+            conv.weight.copy_(of_rank(conv.weight, 4))  # type: ignore[operator,union-attr]
+    x = torch.randn(2, 8, 9, 9)
+    expected, weights = model(x), [model[0].weight.detach(), model[2].weight.detach()]  # type: ignore[union-attr,operator]
+    report = quietly(model, init="fit", rank=6)
+    for row, layer, weight in zip(report.layers, (model[0], model[2]), weights, strict=True):
+        error = (layer.weight - weight).norm() / weight.norm()  # type: ignore[operator]
+        assert row.error == pytest.approx(float(error), abs=1e-5) and row.error < 0.3
+        assert row.best_error == pytest.approx(0, abs=1e-5) and f"{row.error:.3f}" in str(report)
+    assert (model(x) - expected).norm() < 0.4 * (expected - expected.mean()).norm()
+    materialize(model)
+    assert "fit_result" not in vars(model[0])
+
+
+def test_match_keeps_the_size_of_the_kernels() -> None:
+    conv = nn.Conv2d(32, 64, 3)
+    with torch.no_grad():
+        conv.weight.mul_(10)
+    size = conv.weight.std()
+    report = quietly(conv, kernel_size=7)
+    fresh = HyperConv2d(32, 64, 7).weight.std()
+    usual = nn.Conv2d(32, 64, 3).weight.std()
+    assert torch.isclose(conv.weight.std() / fresh, size / usual, rtol=0.2)
+    assert report.layers[0].error is None
+
+
+@pytest.mark.parametrize("init", ["match", "fit"])
+def test_kernels_of_zeros_stay_zero(init: str) -> None:
+    conv = nn.Conv2d(16, 16, 3)
+    nn.init.zeros_(conv.weight)
+    quietly(conv, init=init)
+    assert not conv.weight.any()
+    conv(torch.randn(1, 16, 5, 5)).sum().backward()
+    assert conv.coefficients.grad.any()  # type: ignore[union-attr]
+
+
+def test_fit_into_a_larger_kernel() -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    old = conv.weight.detach()
+    x = torch.randn(2, 16, 9, 9)
+    expected = conv(x)
+    table = lambda name, module: BasisTable((5, 5), 10)  # noqa: E731
+    report = quietly(conv, init="fit", kernel_size=5, hypernet=table, weight_bias=False, force=True)
+    assert report.layers[0].error < 1e-5  # type: ignore[operator]
+    torch.testing.assert_close(conv.weight[..., 1:4, 1:4], old, rtol=0, atol=1e-5)
+    torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-4)
+
+
+def test_fit_needs_numbers() -> None:
+    with pytest.raises(ValueError, match="layer '0': conv: expected a weight to fit to"):
+        quietly(nn.Sequential(nn.Conv2d(16, 16, 3, device="meta")), init="fit")
 
 
 # ---- the report
