@@ -8,13 +8,16 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 import hyperconv_ext
 from hyperconv_ext import conversion, functional, hypernet
+from hyperconv_ext.modules import HyperConvNd
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGES = sorted(_ROOT.glob("docs/**/*.md"))
@@ -66,6 +69,19 @@ def test_the_reference_has_every_public_class_and_function() -> None:
     public += [value for name in hypernet.__all__ if inspect.isclass(value := getattr(hypernet, name))]
     missing = [value for value in public if callable(value) and value not in listed]
     assert missing == []
+
+
+def test_the_reference_has_every_method_of_a_layer() -> None:
+    page = (_ROOT / "docs/reference/layers.md").read_text()
+    members = {
+        name
+        for name, value in vars(HyperConvNd).items()
+        if isinstance(value, (property, classmethod, FunctionType))
+        and not name.startswith("_")
+        and not hasattr(nn.Module, name)
+    }
+    assert "with_kernel_size" in members
+    assert {name for name in members if f"- {name}\n" not in page} == set()
 
 
 def _template(message: ast.expr) -> str | None:

@@ -237,6 +237,7 @@ class HyperConv2d(_HyperConv):
         mixing: `BasisMixing`, which holds C and c as buffers, or None in the published form.
         bias: Parameter `[C_out]` or None.
         weight: W `[C_out, C_in/groups, kh, kw]`, built on demand, differentiable.
+        fit_result: `FitResult` of a layer that `from_conv(init='fit')` made, else None.
 
     Shape:
         input `[B, C_in, H, W]` or `[C_in, H, W]`; output `[B, C_out, H', W']` or `[C_out, H', W']`,
