@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hyperconv_ext import (
+    BasisTable,
     HyperConv1d,
     HyperConv2d,
     HyperConv3d,
@@ -297,6 +298,21 @@ def test_a_layer_whose_own_network_is_unknown_keeps_nothing() -> None:
     layer = _layer(hypernet=network)
     _agrees(layer, _input())
     assert not _weights(layer)
+
+
+@pytest.mark.parametrize("parametrization", ["orthonormal", "published"])
+def test_a_table(parametrization: str) -> None:
+    layer = _layer(hypernet=BasisTable((5, 5)), parametrization=parametrization)
+    input = _input()
+    _agrees(layer, input)
+    assert len(_weights(layer)) == 1
+    layer.hypernet.table.data.mul_(2)
+    _agrees(layer, input)
+    if layer.mixing is not None:
+        layer.mixing.bias.add_(1)
+        _agrees(layer, input)
+    layer.hypernet.register_forward_hook(lambda *args: 2 * args[2])
+    _agrees(layer, input)
 
 
 def test_auto_builds_w_where_it_need_not_build_it_again() -> None:

@@ -341,7 +341,7 @@ class HyperConvNd(nn.Module, ABC):
         mlp = self._mlp()
         if mlp is not None and self._modules.get("weight_norm") is None:
             return self._parameter("coefficients"), mlp
-        kept = kept_kernel(self, mlp) if mlp is not None and self.keeps_kernel() else None
+        kept = kept_kernel(self, mlp) if self.keeps_kernel() else None
         return self.kernel() if kept is None else (kept.coefficients, kept.basis)
 
     def keeps_kernel(self) -> bool:

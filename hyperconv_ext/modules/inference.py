@@ -15,6 +15,8 @@ from ..backends.cpu import library
 from ..backends.library import convolver
 from ..backends.reference import materialize_weight
 from ..functional.general import checked_geometry
+from ..hypernet import BasisTable
+from ..hypernet.inspection import calls_forward_only, watching_every_module
 
 if TYPE_CHECKING:
     from .base import HyperConvNd
@@ -87,7 +89,7 @@ def kept_kernel(layer: HyperConvNd, mlp: ops.Mlp | None) -> KeptKernel | None:
     version counters do not see a write through `.data`, or by somebody else who owns the memory.
     `mlp` is the layer's `_mlp()`.
     """
-    sources = None if mlp is None else _sources(layer, mlp)
+    sources = _sources(layer, mlp)
     if sources is None:
         return None
     tensors, settings = sources
@@ -111,16 +113,36 @@ def _keeper(layer: HyperConvNd) -> KernelKeeper:
     return layer._keeper
 
 
-def _sources(layer: HyperConvNd, mlp: ops.Mlp) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
-    """(tensors, settings) that decide the kernel; None if more than these may."""
+_Sources = tuple[tuple[Tensor, ...], tuple[Any, ...]]  # tensors and settings that decide something
+
+
+def _sources(layer: HyperConvNd, mlp: ops.Mlp | None) -> _Sources | None:
+    """What decides the kernel; None if more than tensors and settings may."""
     norm: Any = layer._modules.get("weight_norm")
-    coordinates, weights, biases, *settings = mlp
-    tensors = (layer._parameter("coefficients"), coordinates, *weights, *biases)
-    if norm is None:
-        return tensors, (layer.kernel_size, *settings)
-    if not norm.is_ours():
+    of_basis = _of_table(layer) if mlp is None else _of_mlp(mlp)
+    if of_basis is None or not (norm is None or norm.is_ours()):
         return None
-    return (*tensors, norm.weight, norm.bias), (layer.kernel_size, norm.eps, *settings)
+    tensors = (layer._parameter("coefficients"), *of_basis[0])
+    settings = (layer.kernel_size, *of_basis[1])
+    if norm is None:
+        return tensors, settings
+    return (*tensors, norm.weight, norm.bias), (*settings, norm.eps)
+
+
+def _of_mlp(mlp: ops.Mlp) -> _Sources:
+    coordinates, weights, biases, *settings = mlp
+    return (coordinates, *weights, *biases), tuple(settings)
+
+
+def _of_table(layer: HyperConvNd) -> _Sources | None:
+    """Of a free table, which is no MLP but depends on nothing else either."""
+    table: Any = layer._modules["hypernet"]
+    if not (calls_forward_only(table, BasisTable) and not watching_every_module()):
+        return None
+    if layer.mixing is None:
+        return (table.table,), ()
+    mixed = layer.mixing.linear(table.table)
+    return None if mixed is None else ((table.table, *mixed), ())
 
 
 def convolve_by_kept(layer: HyperConvNd, input: Tensor, spaces: tuple[Any, ...]) -> Tensor | None:
