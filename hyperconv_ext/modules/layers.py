@@ -3,7 +3,7 @@
 Annotations are evaluated, as those of torch.nn are: traced graphs take the types of inputs from them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..checks import check_input, conv_geometry, conv_transpose_geometry, meta, output_padding_for
 from ..geometry import Geometry
+from . import published
 from .base import HyperConvNd
 from .tracing import call_in_trace
 
@@ -248,6 +249,51 @@ class HyperConv2d(_HyperConv):
     """
 
     dims = 2
+
+    @classmethod
+    def load_published(
+        cls,
+        state_dict: Mapping[str, Any],
+        prefix: str = "",
+        layout: str = "mkarmann",
+        *,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        kernel_size: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> "HyperConv2d":
+        """A layer with the kernel of a published hyper-convolution, from that one's checkpoint.
+
+        Both are 1x1 convolutions of the coordinates, each but the last with LeakyReLU(0.1) after it:
+
+        - `'mkarmann'` (github.com/mkarmann/hyper-conv, PyTorch): `main.0`, `main.2`, ... and the
+          coordinates `pos` `[1, 2, kh, kw]`; outputs in the order (C_out, C_in). A BatchNorm2d after
+          the last one becomes `weight_norm='batch'`.
+        - `'tym002'` (github.com/tym002/Hyper-Convolution, Keras): `{name}/kernel` `[1, 1, inputs,
+          outputs]` and `{name}/bias`, in the order of the numbers in the names; outputs in the order
+          (C_in, C_out); coordinates in taps from the centre.
+
+        That BatchNorm2d has one kernel in training, by the statistics of the kernel itself, and another
+        one in evaluation, by those it has kept. A layer here has one kernel: that of evaluation. From a
+        state without `running_mean` and `running_var` it is that of training.
+
+        Args:
+            state_dict: tensors or NumPy arrays by name, of one hyper-network, or of a model.
+            prefix: what its names begin with, such as `'conv1.'`.
+            layout: `'mkarmann'` or `'tym002'`.
+            in_channels, out_channels: at least one of them: a state holds only their product.
+            kernel_size: required if there is no `pos` in the state.
+            options: other arguments of the constructor: `stride`, `padding`, `dilation`, `groups`,
+                `padding_mode`, `device`, `dtype` (by default those of the state), `backend`,
+                `algorithm`. Keras pads `'same'` with a stride above 1 by less in front than behind,
+                which no `padding` here does.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range, or the state holds something else.
+        """
+        arguments = (in_channels, out_channels, kernel_size, options)
+        layer = published.load_published(cls, state_dict, prefix, layout, *arguments)
+        return layer  # type: ignore[return-value]
 
 
 class HyperConv3d(_HyperConv):
