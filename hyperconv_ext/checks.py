@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DENSE = torch.strided
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
@@ -52,7 +52,7 @@ def metas(name: str, tensors: Sequence[object]) -> list[Meta]:
 
 def check_dtype(name: str, dtype: object) -> None:
     """Raise TypeError unless `dtype` is one of those computed in, or None."""
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, float16 or bfloat16, got {dtype}; pass one of these"
         )
@@ -183,7 +183,7 @@ def check_groups(groups: Any) -> int:
 
 def check_tensor(name: str, tensor: Meta, device: torch.device | None = None) -> None:
     """Raise unless `tensor` is of floating-point numbers, on `device` if that is given."""
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}; "
             f"convert it with .to()"

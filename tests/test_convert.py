@@ -463,7 +463,7 @@ class TransposedScaled(nn.ConvTranspose2d):
         (lambda: WithBuffer(16, 16, 3), "tensors that a convolution has not: mask"),
         (lambda: nn.Conv2d(16, 16, 3, dtype=torch.complex64), "torch.complex64"),
         (lambda: nn.Conv2d(16, 0, 3), "no elements"),
-        (lambda: Standardised(16, 16, 3), "Standardised has a forward of its own"),
+        (lambda: Standardised(16, 16, 3), "test_convert.Standardised has a forward of its own"),
         (lambda: Scaled(16, 16, 3), "forward of its own"),
         (lambda: Cached(16, 16, 9), "forward of its own"),
         (lambda: WithArgument(16, 16, 3), "forward of its own"),

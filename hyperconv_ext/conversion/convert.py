@@ -30,7 +30,7 @@ from .report import (
     times,
 )
 from .sharing import tied
-from .source import Left, Source, plain, source_of
+from .source import Left, Source, path_of, plain, source_of
 from .swap import become
 
 Size = int | Sequence[int]
@@ -166,7 +166,7 @@ class _Plan(NamedTuple):
         if self.filter is not None and not self.filter(name, module):
             raise Left("not chosen by the filter")
         if not isinstance(module, _ConvNd):
-            raise Left(f"{type(module).__name__} is not one of torch.nn's convolutions; convert before")
+            raise Left(f"{path_of(module)} is not one of torch.nn's convolutions; convert before")
         if tied_to is not None:
             raise Left(f"its weight shares its memory with {tied_to}")
         source = source_of(module)

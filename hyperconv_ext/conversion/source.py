@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..checks import DTYPES
 from .padding import flat, observe, same_pads
 from .swap import has_state_dict_hooks
 
@@ -20,7 +20,6 @@ _PLAIN: tuple[Any, ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What a subclass may define and compute the same; `forward` and what it calls are looked at.
 _HARMLESS = {
     "__init__",
@@ -66,13 +65,13 @@ def source_of(layer: _ConvNd) -> Source:
     _check_hooks(layer)
     base = next((cls for cls in _PLAIN if isinstance(layer, cls)), None)
     if base is None or layer.weight.dim() - 2 != len(base(1, 1, 1, device="meta").kernel_size):
-        raise Left(f"{type(layer).__name__} is no nn.Conv1d, 2d or 3d, nor a transposed one")
+        raise Left(f"{path_of(layer)} is no nn.Conv1d, 2d or 3d, nor a transposed one")
     if _computes_as(layer, base):
         return Source(plain(layer, base))
     observed = None if base in _PLAIN[3:] else observe(layer)
     if observed is None:
         raise Left(
-            f"{type(layer).__name__} has a forward of its own, which does more than to pad by zeros and "
+            f"{path_of(layer)} has a forward of its own, which does more than to pad by zeros and "
             f"to convolve"
         )
     spaces = {name: getattr(observed, name) for name in ("stride", "dilation", "groups")}
@@ -112,6 +111,11 @@ def plain(layer: _ConvNd, base: Any = None, **settings: Any) -> Any:
     return made.train(layer.training)
 
 
+def path_of(layer: nn.Module) -> str:
+    """The full name of its class: many are called Conv2d."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
 def _check_parameters(layer: _ConvNd) -> None:
     names, weight = set(layer._parameters), layer._parameters.get("weight")
     if weight is not None and is_lazy(weight):
@@ -124,10 +128,10 @@ def _check_parameters(layer: _ConvNd) -> None:
     others = sorted(name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
     others += sorted(name for name, _ in layer.named_buffers())
     if others:
-        raise Left(f"{type(layer).__name__} has tensors that a convolution has not: {', '.join(others)}")
+        raise Left(f"{path_of(layer)} has tensors that a convolution has not: {', '.join(others[:3])}")
     if type(weight) is not nn.Parameter:
         raise Left(f"its weight is a {type(weight).__name__}; convert before it is sharded or quantised")
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         raise Left(f"its weight is of {weight.dtype}, which no hyper-convolution has")
     if weight.numel() == 0:
         raise Left("its weight has no elements")
@@ -150,7 +154,7 @@ def _computes_as(layer: _ConvNd, base: type[nn.Module]) -> bool:
         for name, value in vars(cls).items():
             known = name in ("weight", "bias") or hasattr(base, name)
             if known and name not in _HARMLESS and (callable(value) or hasattr(value, "__get__")):
-                raise Left(f"{type(layer).__name__} has a behaviour of its own: it defines {name}")
+                raise Left(f"{path_of(layer)} has a behaviour of its own: it defines {name}")
     named = ("forward", "_conv_forward")
     same = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in named)
     if same and layer.padding_mode != "zeros" and base not in _PLAIN[3:]:

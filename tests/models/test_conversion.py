@@ -154,3 +154,16 @@ def test_a_model_is_converted_trained_and_brought_back(name: str) -> None:
         assert (other - output).abs().max() <= 1e-4 * scale
     for path, module in model.named_modules():
         assert kinds[path] is type(module) or isinstance(module, kinds[path].__base__), path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "smp unet", "googlenet"])
+def test_the_batch_norms_behind_hyper_convolutions_are_folded(name: str) -> None:
+    model = CASES[name].make().eval()
+    report = convert(model, progress=False)
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        materialize(model, fuse_batch_norm=True)
+    stay = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    heads = sum(row.name.startswith("segmentation_head") for row in report.converted)  # without a norm
+    assert count - stay == len(report.converted) - heads
