@@ -38,6 +38,7 @@ class WeightShape(NamedTuple):
 
     `strides`: the product of the convolution's. `work`: multiply-adds of that with W, 0 if unknown.
     `trained`: whether gradients may be asked for. `kept`: whether W is there from an earlier call.
+    `groups`: how many.
     """
 
     taps: int
@@ -49,6 +50,7 @@ class WeightShape(NamedTuple):
     work: int = 0
     trained: bool = False
     kept: bool = False
+    groups: int = 1
 
 
 def weight_shape(
@@ -68,7 +70,9 @@ def weight_shape(
     taps, pair = geometry.taps, (inputs, outputs // geometry.groups)
     pair = pair[::-1] if transposed else pair
     work = batch * geometry.output_positions * outputs * inputs * taps if batch else 0
-    return WeightShape(taps, *pair, rank, width, prod(geometry.stride), work, trained, kept)
+    return WeightShape(
+        taps, *pair, rank, width, prod(geometry.stride), work, trained, kept, geometry.groups
+    )
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,10 @@ def test_what_the_cpu_engine_outruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(9, 64, 64, work=2 * 10**7, kept=True) and not taken(1, 64, 64, work=10**7, kept=True)
     assert taken(25, 1, 8, work=10**7) and not taken(25, 1, 8, work=10**7, kept=True)
     assert taken(49, 1, 1, work=10**6, kept=True) and not taken(49, 1, 1, work=2 * 10**6, kept=True)
+    for taps in (25, 49, 121):
+        assert taken(taps, 1, 1, work=10**9, groups=96, trained=True)
+        assert not taken(taps, 1, 1, work=10**9, groups=96)
+    assert not taken(9, 4, 4, work=10**6, groups=32) and taken(9, 4, 4, work=10**6)
     amx = False
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     for instructions, expected in (("avx512_bf16", True), ("avx512", False)):

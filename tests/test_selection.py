@@ -89,7 +89,7 @@ def auto(row: Row, device: Device, tf32: bool) -> set[str]:
     pair = shape.in_channels // shape.groups, shape.out_channels // shape.groups
     width, strides = 4 if row.dtype == "fp32" else 2, shape.stride**shape.dims
     choice = (width, strides, shape.flops // 2, row.phase != "forward")
-    weight = WeightShape(shape.taps, *pair, shape.rank, *choice)
+    weight = WeightShape(shape.taps, *pair, shape.rank, *choice, groups=shape.groups)
     if planner.resolve("auto", "auto", device.kind, weight) == "reference":
         return {"reference"}
     aligned = device.kind == "cuda" and not any(channels % GRANULE for channels in pair)

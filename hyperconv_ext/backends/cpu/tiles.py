@@ -495,7 +495,7 @@ def candidates(problem: Problem, algorithm: str) -> Iterator[Tile]:
         slices, parts = _slices(problem, size, lanes)
         for shape in _tap_shapes(_counts(axes), _step(registers)):
             yield Tile(shape, None, transposed, slices, parts)
-        if size.source < lanes and size.source * problem.rank <= _PLANES:
+        if not size.lanewise and size.source < lanes and size.source * problem.rank <= _PLANES:
             for shape in _plane_shapes(_counts(axes), lanes):
                 yield Tile(shape, None, transposed, slices, 1, planes=True)
 
@@ -550,24 +550,27 @@ def outruns_dense(weight: WeightShape) -> bool:
     Per position and input channel W takes K * C_out multiply-adds, here they are R * C_out and R * K, or
     what a transform costs in the place of K. Columns of fewer than sixteen outputs are padded. Where
     source channels are few, moving data counts more than multiplying; but with one to four the library
-    takes even longer, its gradients most. Of 110 rows (1 to 256 channels, k = 1 to 7, R = 5 and 17, two
-    threads of a Zen 4, forward and step, W built anew) those within the margins were level or ahead.
+    takes even longer, its gradients most; in each of many groups both do. Of 110 rows (1 to 256
+    channels, k = 1 to 7, R = 5 and 17, two threads of a Zen 4, forward and step, W built anew) those
+    within the margins were level or ahead, as were training steps of depthwise layers (k = 3 to 11).
     A W that is kept costs no building: of 33 rows (1 to 512 channels, 7x7 to 256x256 positions,
     forward) the way picked was within 10% of the faster in all.
     """
+    depthwise = weight.groups > 1 and weight.inputs == weight.outputs == 1
+    scattered = weight.groups > 1 and weight.inputs <= 4 and not depthwise
     tiny = (_TINY_KEPT if weight.inputs > 4 else _TINY_FEW) if weight.kept else _TINY
-    if 0 < weight.work <= tiny:
+    if 0 < weight.work <= tiny and not scattered:
         return True
     taps, rank = weight.taps, weight.rank
     margin = _margin(weight.width)
     formed = min(taps, _TRANSFORMED)
-    if weight.inputs == weight.outputs == 1:  # of a depthwise convolution
-        return taps > 1.8 * margin * rank * formed
+    if depthwise:  # of which the library's gradients take long
+        return taps > (0.17 if weight.trained else 1.8) * margin * rank * formed
     few = weight.inputs < 16
     columns = weight.outputs if few else _up(weight.outputs, 16)
     ratio = taps * columns / (rank * (columns + formed))
     if weight.inputs <= 4:
-        least = 4.0 if weight.kept else 0.8 if weight.trained else 1.0
+        least = 4.0 if weight.kept else 2.0 if scattered else 0.8 if weight.trained else 1.0
         return ratio > least * margin
     if (
         weight.strides > 1 and weight.trained
