@@ -12,6 +12,12 @@ from .modules import (
     HyperConvTranspose1d,
     HyperConvTranspose2d,
     HyperConvTranspose3d,
+    LazyHyperConv1d,
+    LazyHyperConv2d,
+    LazyHyperConv3d,
+    LazyHyperConvTranspose1d,
+    LazyHyperConvTranspose2d,
+    LazyHyperConvTranspose3d,
 )
 from .ops import keep_operators
 from .optim import parameter_groups
@@ -28,6 +34,12 @@ __all__ = [
     "HyperConvTranspose1d",
     "HyperConvTranspose2d",
     "HyperConvTranspose3d",
+    "LazyHyperConv1d",
+    "LazyHyperConv2d",
+    "LazyHyperConv3d",
+    "LazyHyperConvTranspose1d",
+    "LazyHyperConvTranspose2d",
+    "LazyHyperConvTranspose3d",
     "PlanError",
     "__version__",
     "convert",

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 from .hypernet import DEPENDENT, BasisTable
 
@@ -207,7 +207,7 @@ class _Descent:
         self._taps = taps.to("cpu", torch.float64)
         self._remainder = remainder
         self._parameters = [p for p in self.hypernet.parameters() if p.requires_grad]
-        self._point = parameters_to_vector(self._parameters).detach()
+        self._point = _vector([parameter.detach() for parameter in self._parameters])
         self.error, self._gradient = self._at(self._point)
         self._pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_PAIRS)
 
@@ -222,7 +222,7 @@ class _Descent:
         gradients = torch.autograd.grad(
             features, self._parameters, slope.to(features.dtype), materialize_grads=True
         )
-        return error, parameters_to_vector(gradients)
+        return error, _vector(gradients)
 
     def run(self, steps: int, advance: Callable[[float], None]) -> None:
         """Take so many steps, or as long as they gain something; `advance` is told the error of each."""
@@ -269,6 +269,11 @@ class _Descent:
         for step, change, inverse in self._pairs:
             direction = direction + (parts.pop() - inverse * (change @ direction)) * step
         return direction
+
+
+def _vector(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in the order that `vector_to_parameters` has; whatever the strides."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def test_near_the_best_there_is(features: int, hidden: tuple[int, ...]) -> None:
 @pytest.mark.alone
 def test_seconds() -> None:
     conv, threads = smooth(nn.Conv2d(16, 16, 7)), torch.get_num_threads()
+    HyperConv2d.from_conv(conv)  # what is loaded or looked up at the first call
     for features in (4, 8, 16):
         layer = HyperConv2d.from_conv(conv, num_features=features, hidden_features=(64, 64))
         assert layer.fit_result.seconds < 2
@@ -226,6 +227,25 @@ def test_a_hypernet_of_the_callers() -> None:
     assert all(torch.equal(p, before[name]) for name, p in siren.named_parameters())
     assert moved < 0.9 * frozen.fit_result.error < 0.9
     assert HyperConv2d.from_conv(conv, hypernet=Fourier(4)).fit_result.error < 1
+
+
+class Strided(nn.Module):
+    """Parameters and gradients whose rows do not follow each other in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 2).T)
+        self.second = nn.Parameter(torch.randn(4, 8).T)
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        return F.linear((coordinates @ self.first).sin(), self.second.T)
+
+
+def test_strides_of_parameters() -> None:
+    conv = smooth(nn.Conv2d(8, 8, 7))
+    start = HyperConv2d.from_conv(conv, hypernet=Strided().requires_grad_(False)).fit_result.error
+    torch.manual_seed(0)
+    assert HyperConv2d.from_conv(conv, hypernet=Strided()).fit_result.error < 0.99 * start
 
 
 @pytest.mark.parametrize("constant", [False, True])

@@ -66,6 +66,14 @@ class MLPLayer(nn.Module):
         overwrite(self, "weight", weight)
         overwrite(self, "bias", bias.uniform_(-self.bias_bound, self.bias_bound))
 
+    def scale(self, factor: float) -> None:
+        """Multiply weight and bias, and the bounds of their draw."""
+        if self.weight_bound is not None:
+            self.weight_bound = [bound * factor for bound in self.weight_bound]
+        self.bias_bound *= factor
+        overwrite(self, "weight", self.weight * factor)
+        overwrite(self, "bias", self.bias * factor)
+
     def forward(self, input: Tensor) -> Tensor:
         """`[K, out_features]` of `[K, in_features]`."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -162,6 +170,14 @@ class CoordinateMLP(nn.Module):
         if name == "weight_gain":
             value = positive_number(name, value)
         super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def change_gain(self, weight_gain: float) -> None:
+        """Another `weight_gain` for the same function: its parameters are scaled against it."""
+        ratio = self.weight_gain / weight_gain
+        for layer in self.layers:
+            layer.scale(ratio)  # type: ignore[operator]
+        self.weight_gain = weight_gain
 
     def operator(self, coordinates: Tensor) -> ops.Mlp:
         """The network at `coordinates` `[K, D]`, as the operators take it."""

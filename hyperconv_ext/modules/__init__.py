@@ -9,6 +9,14 @@ from .layers import (
     HyperConvTranspose2d,
     HyperConvTranspose3d,
 )
+from .lazy import (
+    LazyHyperConv1d,
+    LazyHyperConv2d,
+    LazyHyperConv3d,
+    LazyHyperConvTranspose1d,
+    LazyHyperConvTranspose2d,
+    LazyHyperConvTranspose3d,
+)
 from .weight import ComputedWeight, ReadOnlyWeightError
 
 __all__ = [
@@ -20,5 +28,11 @@ __all__ = [
     "HyperConvTranspose1d",
     "HyperConvTranspose2d",
     "HyperConvTranspose3d",
+    "LazyHyperConv1d",
+    "LazyHyperConv2d",
+    "LazyHyperConv3d",
+    "LazyHyperConvTranspose1d",
+    "LazyHyperConvTranspose2d",
+    "LazyHyperConvTranspose3d",
     "ReadOnlyWeightError",
 ]

@@ -35,16 +35,14 @@ from ..hypernet import (
 )
 from ..taps import check_coordinate_name, taps_beside
 from . import exchange
+from .description import described
 from .inference import KernelKeeper, convolve_by_kept, keeps_kernel, kept_kernel
-from .start import draw, network
+from .start import DEFAULTS, PARAMETRIZATIONS, draw, network
 from .weight import REMEDY, read_only
 
 _Layer = TypeVar("_Layer", bound="HyperConvNd")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WEIGHT_NORMS = (None, "batch")
-PARAMETRIZATIONS = ("orthonormal", "published")
-# What `parametrization` decides where an argument is left out: (activation, coordinates).
-_DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
 _NEW_LAYER = "make a new layer with it"
 # What the parameters' shapes were made for, or nothing reads later; and what to do instead
 _FIXED = {
@@ -53,6 +51,10 @@ _FIXED = {
     "in_channels": _NEW_LAYER,
     "out_channels": _NEW_LAYER,
     "weight_bias": _NEW_LAYER,
+    "num_features": _NEW_LAYER,
+    "hidden_features": _NEW_LAYER,
+    "rank": _NEW_LAYER,
+    "activation": "assign it to hypernet",
     "parametrization": _NEW_LAYER,
     "transposed": _NEW_LAYER,
     "dims": _NEW_LAYER,
@@ -105,7 +107,7 @@ class HyperConvNd(nn.Module, ABC):
     ) -> None:
         super().__init__()
         check_dtype("dtype", dtype)
-        in_channels, out_channels, groups = _channels(in_channels, out_channels, groups)
+        in_channels, out_channels, groups = checked_channels(in_channels, out_channels, groups)
         if weight_norm not in _WEIGHT_NORMS:
             raise ValueError(
                 f"weight_norm: expected None or 'batch', got {weight_norm!r}; pass one of these"
@@ -121,7 +123,7 @@ class HyperConvNd(nn.Module, ABC):
         self.padding_mode = padding_mode
         check_name("parametrization", parametrization, PARAMETRIZATIONS)
         self.parametrization = parametrization
-        usual_activation, usual_coordinates = _DEFAULTS[parametrization]
+        usual_activation, usual_coordinates = DEFAULTS[parametrization]
         self.coordinates = usual_coordinates if coordinates is None else coordinates
         self.tap_spacing = (1.0,) * self.dims
         self.weight_bias = bool(weight_bias)
@@ -155,7 +157,7 @@ class HyperConvNd(nn.Module, ABC):
         """As nn.Module; what would be wrong, or change nothing, is refused."""
         if name == "weight":
             _refuse_weight("an assignment")
-        if name in _FIXED and (name in self.__dict__ or name in ("transposed", "dims")):
+        if name in _FIXED and (name in self.__dict__ or hasattr(type(self), name)):
             raise AttributeError(
                 f"{name}: expected to stay {getattr(self, name)!r} once the layer is made, got an "
                 f"assignment of {value!r}; {_FIXED[name]}"
@@ -530,32 +532,25 @@ class HyperConvNd(nn.Module, ABC):
         return self.coefficients.shape[2] - self.weight_bias
 
     @property
+    def hidden_features(self) -> tuple[int, ...] | None:
+        """The widths of the MLP's hidden layers; None of another hyper-network."""
+        hypernet = self.hypernet
+        return hypernet.widths[1:-1] if isinstance(hypernet, CoordinateMLP) else None
+
+    @property
+    def activation(self) -> str | None:
+        """The MLP's; None of another hyper-network."""
+        hypernet = self.hypernet
+        return hypernet.activation if isinstance(hypernet, CoordinateMLP) else None
+
+    @property
     def rank(self) -> int:
         """R, the number of basis functions phi, of which W is made over its taps."""
-        columns = self.coefficients.shape[2]
-        return columns + (self.weight_norm is not None and not self.weight_bias)
+        return self.num_features + (self.weight_bias or self.weight_norm is not None)
 
     def extra_repr(self) -> str:
-        """The sizes, and whatever else is not at its default."""
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        defaults: dict[str, Any] = {
-            "stride": (1,) * self.dims,
-            "padding": (0,) * self.dims,
-            "dilation": (1,) * self.dims,
-            "output_padding": (0,) * self.dims,
-            "groups": 1,
-            "padding_mode": "zeros",
-            "weight_bias": True,
-            "parametrization": "orthonormal",
-            "coordinates": _DEFAULTS[self.parametrization][1],
-            "tap_spacing": (1.0,) * self.dims,
-            "backend": "auto",
-            "algorithm": "auto",
-        }
-        for name, default in defaults.items():
-            if (value := getattr(self, name)) != default:
-                text += f", {name}={value!r}"
-        return text if self.bias is not None else text + ", bias=False"
+        """Arguments that make such a layer: the sizes, and whatever else is not at its default."""
+        return described(self)
 
 
 def _adopt_statistics(layer: Any, _: Any) -> None:
@@ -567,7 +562,7 @@ def _adopt_statistics(layer: Any, _: Any) -> None:
             norm.adopt(layer.coefficients, layer._basis("reference"), *statistics)
 
 
-def _channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
+def checked_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
     """The three as Python's integers, if the groups divide the channels."""
     groups = check_groups(groups)
     counts = []

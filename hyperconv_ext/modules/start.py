@@ -16,6 +16,9 @@ from ..ops.sharding import whole
 if TYPE_CHECKING:
     from .base import HyperConvNd
 
+PARAMETRIZATIONS = ("orthonormal", "published")
+# What `parametrization` decides where an argument is left out: (activation, coordinates).
+DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
 # Of an MLP until its features are so independent; else the one is kept where they are so most.
 _DRAWS, _INDEPENDENT = 8, 0.6
 # Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
@@ -50,8 +53,13 @@ def network(
         max(_SLOWEST, _FREQUENCY * (size - 3)) / half
         for size, half in zip(layer.kernel_size, halves, strict=True)
     ]
-    gain = min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
+    gain = weight_gain(outputs)
     return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
+
+
+def weight_gain(outputs: int) -> float:
+    """Of the MLP of kernels of so many channels, in the orthonormal parametrization."""
+    return min(1.0, math.sqrt(_SHARE / max(outputs, 1)))
 
 
 @torch.no_grad()
