@@ -61,7 +61,7 @@ MODELS_TORCH ?= torch==2.14.1 torchvision==0.29.1
 $(MODELS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(MODELS)
 	$(MODELS)/bin/python -m pip install -q $(MODELS_TORCH)
-	HYPERCONV_BUILD_CUDA=0 $(MODELS)/bin/python -m pip install -q -e ".[models]"
+	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 $(MODELS)/bin/python -m pip install -q -e ".[models]"
 	touch $@
 
 models: BIN := $(MODELS)/bin
