@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hyperconv_ext
 from hyperconv_ext import HyperConv2d
 from hyperconv_ext.backends.reference import ACTIVATIONS
-from hyperconv_ext.hypernet import BasisMixing, CoordinateMLP, independence
+from hyperconv_ext.hypernet import BasisMixing, CoordinateMLP
 from hyperconv_ext.modules import HyperConvNd
 
 from .test_modules import Fourier, Siren
@@ -187,16 +187,64 @@ def test_a_given_network_is_not_drawn_again(device) -> None:
     assert layer.mixing.weight.any()
 
 
-def test_the_features_are_independent_enough(device) -> None:
+def independence(layer: HyperConvNd) -> float:
+    """How far the features are from linear dependence: 0 if they depend, 1 if they are orthogonal.
+
+    The smallest singular value over the largest, of the features freed of their mean and scaled to a
+    length of 1; of as many as there can be over K taps.
+    """
+    values = layer.hypernet(layer.taps).detach().double()
+    values = values - values.mean(0)
+    rank = min(values.shape[1], values.shape[0] - 1)
+    singular = torch.linalg.svdvals(values / values.norm(dim=0))
+    return (singular[rank - 1] / singular[0]).item()
+
+
+@pytest.mark.parametrize(
+    ("dims", "kernel_size", "features"),
+    [(1, 2, 4), (1, 3, 4), (1, 9, 4), (2, 2, 4), (2, 3, 4), (2, 7, 4), (2, 3, 8), (2, 5, 16), (3, 3, 4)],
+)
+def test_the_features_are_independent_enough(dims: int, kernel_size: int, features: int, device) -> None:
     """So that what rounding a network to a lower precision does to phi stays small."""
-    for kernel_size in (3, 7):
-        for seed in range(5):
-            torch.manual_seed(seed)
-            layer = HyperConv2d(8, 8, kernel_size, device=device)
-            assert independence(layer.hypernet(layer.taps), True) > 0.3
-            weight = layer.weight.detach()
-            rounded = copy.deepcopy(layer).bfloat16().float().weight.detach()
-            assert (rounded - weight).norm() < 0.1 * weight.norm()
+    kind = getattr(hyperconv_ext, f"HyperConv{dims}d")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer = kind(8, 8, kernel_size, num_features=features, device=device)
+        enough = 0.1 if features >= kernel_size**dims else 0.5
+        assert independence(layer) > enough, seed
+        weight = layer.weight.detach()
+        rounded = copy.deepcopy(layer).bfloat16().float().weight.detach()
+        assert (rounded - weight).norm() < 0.06 * weight.norm()
+
+
+@pytest.mark.parametrize(("kernel_size", "bound"), [(3, 1.8), (5, 1.8), (7, 2.2)])
+def test_the_functions_are_the_smooth_ones(kernel_size: int, bound: float, device) -> None:
+    """Of low frequencies, of which learned kernels mostly are, and unlike those of a random network."""
+    axis = torch.arange(kernel_size, dtype=torch.float64)
+    waves = torch.cos(math.pi * torch.outer(axis, axis + 0.5) / kernel_size)
+    waves /= waves.norm(dim=1, keepdim=True)
+    frequencies = torch.cartesian_prod(axis, axis).norm(dim=1)
+    means = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        functions = HyperConv2d(8, 8, kernel_size, device=device).basis()[:-1].detach().double().cpu()
+        powers = (waves @ functions @ waves.T).square().sum(0).flatten() / 4
+        assert powers.sum().item() == pytest.approx(1, rel=1e-4)
+        means.append((powers @ frequencies).item())
+    # The least of any four: 1 + 1 + 2 ** 0.5 + 2 half waves per kernel.
+    assert 1.35 < sum(means) / 5 < bound, means
+
+
+def test_a_last_layer_that_cannot_hold_components_is_left_as_it_was_drawn(device) -> None:
+    for hidden, features in (((), 2), ((4,), 6)):
+        network = CoordinateMLP(2, hidden, features, device=device)
+        before = network.layers[-1].weight.clone()
+        network.align(torch.rand(9, 2, device=device), True)
+        assert torch.equal(network.layers[-1].weight, before)
+    network = CoordinateMLP(2, device=device)
+    before = network.layers[-1].weight.clone()
+    network.align(torch.zeros(1, 2, device=device), True)
+    assert torch.equal(network.layers[-1].weight, before)
 
 
 def test_dependent_features_share_what_they_span() -> None:

@@ -2,8 +2,8 @@
 
 from ..taps import COORDINATES, tap_coordinates
 from .inspection import blank, floating_dtype, overwrite, without_numbers
-from .mixing import DEPENDENT, BasisMixing, independence
-from .mlp import CoordinateMLP, MLPLayer, he_normal_
+from .mixing import BasisMixing
+from .mlp import DEPENDENT, CoordinateMLP, MLPLayer, he_normal_
 from .norm import TapBatchNorm
 from .table import BasisTable
 
@@ -18,7 +18,6 @@ __all__ = [
     "blank",
     "floating_dtype",
     "he_normal_",
-    "independence",
     "overwrite",
     "tap_coordinates",
     "without_numbers",

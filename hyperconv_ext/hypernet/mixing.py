@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..backends.library import product
 from ..ops.sharding import replicated, whole
 from .inspection import calls_forward_only
-
-DEPENDENT = 0.02  # of the largest singular value of the features: what is below is rounding
+from .mlp import DEPENDENT
 
 
 class BasisMixing(nn.Module):
@@ -94,20 +93,3 @@ class BasisMixing(nn.Module):
         """The sizes, for `repr`."""
         rank, features = self.weight.shape
         return f"{features}, {rank}"
-
-
-def independence(features: Tensor, constant: bool) -> float:
-    """How far features `[K, N]` are from linear dependence: 0 if they depend, 1 if they are orthogonal.
-
-    The smallest singular value over the largest, of the features freed of their mean if `constant` and
-    scaled to a length of 1; of as many as there can be over K taps.
-    """
-    values = whole(features).detach().to("cpu", torch.float64)
-    if constant:
-        values = values - values.mean(0)
-    length = values.norm(dim=0)
-    rank = min(values.shape[1], values.shape[0] - constant)
-    if rank == 0 or not bool((length > 0).all()):
-        return 0.0
-    singular = torch.linalg.svdvals(values / length)
-    return float(singular[rank - 1] / singular[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +15,13 @@ from ..autocast import without_autocast
 from ..backends.library import product
 from ..backends.reference import ACTIVATIONS
 from ..checks import check_dtype, check_name, integer, integers, positive_number
+from ..ops.sharding import whole
 from .inspection import blank, calls_forward_only, floating_dtype, overwrite, watching_every_module
 
 INITIALISATIONS = ("uniform", "he_normal")
+DEPENDENT = 0.02  # of the largest singular value of features: what is below is rounding
+# Of a principal component before its activation, root mean square: a sine of it is a little bent.
+_AMPLITUDE = 0.7
 
 
 class MLPLayer(nn.Module):
@@ -228,13 +232,12 @@ class CoordinateMLP(nn.Module):
         if self._layers_are_ours():
             return self.basis(coordinates, constant=False).T
         with without_autocast(coordinates.device):
-            return self._by_layers(coordinates)
+            return self._through(self.layers, coordinates)
 
-    def _by_layers(self, coordinates: Tensor) -> Tensor:
-        """The features by a call of each layer, whatever it is by now."""
+    def _through(self, layers: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+        """What these layers make of `hidden`, by a call of each, whatever it is by now."""
         activate = ACTIVATIONS[self.activation]
-        hidden = coordinates
-        for layer in self.layers:
+        for layer in layers:
             if not isinstance(layer, MLPLayer):
                 hidden = hidden.to(floating_dtype(layer, hidden.dtype))
             output = layer(hidden)
@@ -246,6 +249,40 @@ class CoordinateMLP(nn.Module):
         """Draw every layer anew by its rule."""
         for layer in self.layers:
             layer.reset_parameters()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def align(self, coordinates: Tensor, centered: bool) -> None:
+        """Set the last layer so that it takes the principal components of its inputs over the taps.
+
+        These are the smoothest functions that the layers before it can express, and as they are
+        uncorrelated, so nearly are the features, whatever was drawn: `_AMPLITUDE` times a component
+        of variance 1 each, and then the activation. Where the taps allow fewer components than there
+        are features, each feature is a random mixture of all of them. The last layer is left as it
+        is if it is the only one, has more outputs than inputs, or is no `MLPLayer`; or if its inputs
+        are the same at all taps.
+
+        Args:
+            coordinates: `[K, D]`.
+            centered: whether the mean over the taps is taken off first.
+        """
+        *others, last = self.layers
+        if not others or not isinstance(last, MLPLayer) or last.out_features > last.in_features:
+            return
+        with without_autocast(coordinates.device):
+            inputs = whole(self._through(others, coordinates)).to("cpu", torch.float64)
+        mean = inputs.mean(0) if centered else inputs.new_zeros(inputs.shape[1])
+        _, lengths, components = torch.linalg.svd(inputs - mean, full_matrices=False)
+        present = lengths > max(DEPENDENT * lengths[0].item(), 1e-12)
+        features, count = last.out_features, int(present.sum())
+        if count == 0:
+            return
+        mixture = torch.eye(features, count, device="cpu").to(inputs)
+        if features > count:
+            mixture = nn.functional.normalize(torch.randn(features, count, device="cpu").to(inputs))
+        white = components[present] / lengths[present, None] * math.sqrt(len(inputs))
+        weight = _AMPLITUDE / self.weight_gain * mixture @ white
+        for name, value in (("weight", weight), ("bias", -weight @ mean)):
+            overwrite(last, name, value.to(whole(getattr(last, name))))
 
     def extra_repr(self) -> str:
         """The activation and the gain, for `repr`."""

@@ -313,9 +313,10 @@ class HyperConvNd(nn.Module, ABC):
         In the `'orthonormal'` parametrization W = A phi has functions phi that are orthonormal over the
         taps, so that a step of gradient descent by A is nn.ConvNd's own step projected on them. A is
         drawn such that the response to constant inputs has nn.ConvNd's variance, 1 / 3 of the input's
-        mean square, and that to white noise a little less (see `modules/start.py`). Of several
-        hyper-networks the one is taken whose features depend least on each other. A hyper-network
-        that was given stays as it is, and phi is made orthonormal for its present features. With
+        mean square, and that to white noise a little less (see `modules/start.py`). The features are
+        the principal components of the last hidden layer, the smoothest functions that it can
+        express. A hyper-network that is no `CoordinateMLP` stays as it is, and phi is made
+        orthonormal for its present features. With
         `weight_norm='batch'` the norm's scale and shift set the deviation of W and of its mean.
 
         In the `'published'` one all linear layers are drawn by `he_normal`, biases 0, and a norm starts

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends.library import product
-from ..hypernet import CoordinateMLP, blank, he_normal_, independence, overwrite, without_numbers
+from ..checks import integer
+from ..hypernet import CoordinateMLP, blank, he_normal_, overwrite, without_numbers
 from ..ops.sharding import whole
 
 if TYPE_CHECKING:
@@ -19,18 +20,17 @@ if TYPE_CHECKING:
 PARAMETRIZATIONS = ("orthonormal", "published")
 # What `parametrization` decides where an argument is left out: (activation, coordinates).
 DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
-# Of an MLP until its features are so independent; else the one is kept where they are so most.
-_DRAWS, _INDEPENDENT = 8, 0.6
-# Of the first layer's weights, in radians per half kernel: at least, and for each tap beyond three.
-# Kernels are as smooth per pixel at every size, but the functions never so slow that they depend.
-_SLOWEST, _FREQUENCY = 4.0, 0.5
+# Of the first layer's weights: in radians per half kernel by the number of functions (see `_frequency`),
+# but at least so many radians per tap. Learned kernels are mostly of low frequencies; functions that are
+# smooth over all of a large kernel, though, see no detail.
+_PER_FUNCTION, _PER_TAP = 0.65, 1.0
 # weight_gain^2 C_out: in a step of gradient descent the hyper-network then moves W by at most about what
 # the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. No state
 # holds the gain, so it may depend on the number of channels, as shapes do, but not on the kernel size.
-_SHARE = 0.15
-# The answer to white noise is (functions / taps)^0.15 times nn.ConvNd's, but no less than the second
+_SHARE = 0.25
+# The answer to white noise is (functions / taps)^0.25 times nn.ConvNd's, but no less than the second
 # number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
-_TEMPER, _LEAST = 0.15, 0.55
+_TEMPER, _LEAST = 0.25, 0.52
 
 
 def network(
@@ -45,14 +45,7 @@ def network(
     arguments = (layer.dims, hidden_features, num_features, activation)
     if layer.parametrization == "published":
         return CoordinateMLP(*arguments, init="he_normal", **factory)
-    halves = [
-        (size - 1) / 2 if layer.coordinates == "centered" and size > 1 else 1.0
-        for size in layer.kernel_size
-    ]
-    frequency = [
-        max(_SLOWEST, _FREQUENCY * (size - 3)) / half
-        for size, half in zip(layer.kernel_size, halves, strict=True)
-    ]
+    frequency = _frequency(layer, integer("num_features", num_features))
     gain = weight_gain(outputs)
     return CoordinateMLP(*arguments, frequency=frequency, weight_gain=gain, **factory)
 
@@ -92,23 +85,29 @@ def draw(layer: HyperConvNd, hypernet: bool) -> None:
         overwrite(layer, "bias", blank(layer.bias).uniform_(-bound, bound))
 
 
+def _frequency(layer: HyperConvNd, features: int) -> list[float]:
+    """Of the first layer's weights, by axis, in radians per unit of the coordinates.
+
+    The bound grows with the number of functions, faster than the D-th root by which frequencies up to
+    it span that many dimensions on D axes: the last principal component must not be so small that a
+    step of the layers before it moves its function far.
+    """
+    axes = max(sum(size > 1 for size in layer.kernel_size), 1)
+    wanted = _PER_FUNCTION * max(features - 1, 0) ** (1.5 / axes)
+    frequency = []
+    for size in layer.kernel_size:
+        half = max((size - 1) / 2, 0.5)
+        unit = half if layer.coordinates == "centered" else 1.0
+        frequency.append(max(wanted, _PER_TAP * half) / unit)
+    return frequency
+
+
 def draw_hypernet(layer: HyperConvNd) -> None:
-    """A fresh MLP: of several, in the orthonormal parametrization, the least dependent."""
-    hypernet = layer.hypernet
-    if layer.mixing is None or without_numbers(layer._like()):
-        hypernet.reset_parameters()  # type: ignore[operator]
-        return
-    best, kept = -1.0, []
-    for _ in range(_DRAWS):
-        hypernet.reset_parameters()  # type: ignore[operator]
-        reached = independence(layer._module_features(), layer.weight_bias)
-        if reached > best:
-            best = reached
-            kept = [parameter.detach().clone() for parameter in hypernet.parameters()]
-        if best > _INDEPENDENT:
-            break
-    for parameter, value in zip(hypernet.parameters(), kept, strict=True):
-        parameter.copy_(value)
+    """A fresh MLP; in the orthonormal parametrization its features start almost independent."""
+    hypernet: Any = layer.hypernet
+    hypernet.reset_parameters()
+    if layer.mixing is not None and not without_numbers(layer._like()):
+        hypernet.align(layer._taps(layer._like()), layer.weight_bias)
 
 
 def _shaped(layer: HyperConvNd, unit: Tensor) -> Tensor:
