@@ -316,87 +316,9 @@ def test_tensors_beyond_32_bits(backend: str) -> None:
         assert (a - b).norm() <= 1e-2 * b.norm(), name
 
 
-def _layer(dims: int, transposed: bool, kernel_size: int = 5, **options: Any) -> HyperConvNd:
+def small_layer(dims: int, transposed: bool, kernel_size: int = 5, **options: Any) -> HyperConvNd:
     options = {"dtype": torch.float64, "activation": "tanh", **options}
     return layer_class(dims, transposed)(2, 3, kernel_size, **options)
-
-
-@every_kind
-def test_centered_kernel_with_more_taps(dims: int, transposed: bool) -> None:
-    """The same function: on the taps that both have the weights agree."""
-    conv = _layer(dims, transposed, coordinates="centered")
-    larger = conv.with_kernel_size(9)
-    assert type(larger) is type(conv) and larger.kernel_size == (9,) * dims
-    common = (..., *(slice(2, 7),) * dims)
-    torch.testing.assert_close(larger.weight[common], conv.weight)
-    back = larger.with_kernel_size(5)
-    torch.testing.assert_close(back.weight, conv.weight)
-    assert repr(back) == repr(conv)
-
-
-@every_kind
-def test_centered_kernel_with_dilation(dims: int, transposed: bool) -> None:
-    """Taps at the same distances in the input have the same weight."""
-    conv = _layer(dims, transposed, coordinates="centered")
-    wide = conv.with_kernel_size(3, dilation=2)
-    assert wide.dilation == (2,) * dims and wide.tap_spacing == (2.0,) * dims
-    torch.testing.assert_close(wide.weight, conv.weight[(..., *(slice(None, None, 2),) * dims)])
-    assert not torch.allclose(conv.with_kernel_size(3).weight, wide.weight)
-    dense = wide.with_kernel_size(5, dilation=1)
-    torch.testing.assert_close(dense.weight, conv.weight)
-    half = _layer(dims, transposed, dilation=4, coordinates="centered").with_kernel_size(9, dilation=2)
-    assert half.tap_spacing == (0.5,) * dims
-
-
-@pytest.mark.parametrize("parametrization", ["orthonormal", "published"])
-@pytest.mark.parametrize("weight_norm", [None, "batch"])
-@every_kind
-def test_unit_kernel_is_stretched(
-    dims: int, transposed: bool, weight_norm: str | None, parametrization: str
-) -> None:
-    options = {"weight_norm": weight_norm, "parametrization": parametrization}
-    conv = _layer(dims, transposed, coordinates="unit", **options)
-    larger = conv.with_kernel_size(9)
-    torch.testing.assert_close(larger.weight[(..., *(slice(None, None, 2),) * dims)], conv.weight)
-    other = conv.with_kernel_size(4, dilation=3)
-    ends = (..., *(slice(None, None, 3),) * dims)
-    torch.testing.assert_close(other.weight[ends], conv.weight[(..., *(slice(None, None, 4),) * dims)])
-
-
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_padding_of_another_kernel_size(dims: int) -> None:
-    input = torch.randn(1, 2, *(12,) * dims, dtype=torch.float64)
-    conv = _layer(dims, False, padding="same")
-    assert conv.with_kernel_size(8)(input).shape == conv(input).shape
-    assert conv.with_kernel_size(9, dilation=1, padding=1)(input).shape[2:] == (6,) * dims
-    fixed = _layer(dims, False, padding=2)
-    assert fixed.with_kernel_size(3).padding == (2,) * dims
-    larger = conv.with_kernel_size(9)
-    dense = getattr(F, f"conv{dims}d")
-    torch.testing.assert_close(larger(input), dense(input, larger.weight, larger.bias, padding="same"))
-
-
-@every_kind
-def test_another_kernel_size_is_a_copy(dims: int, transposed: bool) -> None:
-    conv = _layer(dims, transposed, weight_norm="batch").eval()
-    other = conv.with_kernel_size(7)
-    assert not other.training and other.weight.shape[2:] == (7,) * dims
-    before, after = conv.state_dict(), other.state_dict()
-    assert before.keys() == after.keys()
-    for key in before:
-        if "weight_norm" not in key:  # which is told what the kernel's mean and variance were
-            assert torch.equal(before[key], after[key])
-        assert before[key].data_ptr() != after[key].data_ptr()
-    kept = conv.weight.detach().clone()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1)
-    assert torch.equal(conv.weight, kept)
-    conv.load_state_dict(after)
-    with pytest.raises(ValueError, match=r"^kernel_size: expected an integer or"):
-        conv.with_kernel_size(0)
-    with pytest.raises(ValueError, match=r"^dilation: expected an integer or"):
-        conv.with_kernel_size(3, dilation=0)
 
 
 @every_kind
@@ -410,7 +332,7 @@ def test_state_dict_keys(dims: int, transposed: bool) -> None:
         ({"weight_norm": "batch"}, ["coefficients", "bias", *layers, *norm, *mixing]),
         ({"parametrization": "published"}, ["coefficients", "bias", *layers]),
     ):
-        state = _layer(dims, transposed, **options).state_dict()
+        state = small_layer(dims, transposed, **options).state_dict()
         assert sorted(state) == sorted(keys)
         assert state["coefficients"].shape == ((2, 3, 5) if transposed else (3, 2, 5))
         assert state["hypernet.layers.0.weight"].shape == (16, dims)
@@ -451,21 +373,21 @@ def test_output_padding(dims: int) -> None:
     for stride, dilation in ((2, 1), (1, 3)):
         most = max(stride, dilation) - 1
         arguments = {"stride": stride, "dilation": dilation}
-        conv = _layer(dims, True, 3, output_padding=most, **arguments)
+        conv = small_layer(dims, True, 3, output_padding=most, **arguments)
         dense = getattr(F, f"conv_transpose{dims}d")
         expected = dense(input, conv.weight, conv.bias, output_padding=most, **arguments)
         torch.testing.assert_close(conv(input), expected)
-        conv = _layer(dims, True, 3, output_padding=most + 1, **arguments)
+        conv = small_layer(dims, True, 3, output_padding=most + 1, **arguments)
         with pytest.raises(RuntimeError, match="output padding must be smaller"):
             dense(input, conv.weight, conv.bias, output_padding=most + 1, **arguments)
         with pytest.raises(ValueError, match=r"^output_padding: expected less than the stride .*; use"):
             conv(input)
     with pytest.raises(ValueError, match=r"^output_padding: expected an integer or"):
-        _layer(dims, True, output_padding=-1)
+        small_layer(dims, True, output_padding=-1)
     with pytest.raises(ValueError, match=r"^padding: expected an output of at least one position"):
-        _layer(dims, True, 3, padding=4)(input)
+        small_layer(dims, True, 3, padding=4)(input)
     with pytest.raises(ValueError, match=r"^padding: expected integers for a transposed"):
-        _layer(dims, True, padding="same")
+        small_layer(dims, True, padding="same")
 
 
 @every_backend
