@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from hyperconv_ext import HyperConv1d, HyperConv2d, convert, materialize
+from hyperconv_ext import HyperConv1d, HyperConv2d, LazyHyperConv2d, convert, materialize
 from hyperconv_ext.conversion.padding import PaddedConv1d, PaddedConv2d, PaddedHyperConv2d
 
 from .test_convert import DIMS, CausalConv1d, SamePad, Shared, conv_class
@@ -158,6 +158,16 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
         materialize(model)
     assert type(model[0]) is HyperConv1d
     assert type(materialize(Renamed(2, 2, 3))) is nn.Conv1d
+
+
+def test_lazy_layers_are_called_first() -> None:
+    model = nn.Sequential(LazyHyperConv2d(6, 3))
+    assert "already" in convert(model, progress=False).left[0].reason
+    with pytest.raises(ValueError, match="layer '0': expected parameters, got a lazy layer"):
+        materialize(model)
+    x = torch.randn(2, 4, 9, 9)
+    expected = model(x)
+    assert_same(materialize(model)(x), expected)
 
 
 def test_wrong_arguments() -> None:

@@ -35,7 +35,7 @@ def fold_batch_norms(model: nn.Module, convs: Mapping[str, Any]) -> dict[str, st
             reasons[name] = "torch.fx cannot trace the module that it is in"
             continue
         norm, reason = _following(*places[conv], conv)
-        if norm is None and not reason:
+        if norm is None:
             continue
         reason = reason or _obstacle(conv, norm) or ("it is shared" if aliases[conv] > 1 else "")
         if reason or aliases[norm] > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import check_bool
 from ..modules import HyperConvNd
@@ -43,7 +44,8 @@ def materialize(model: nn.Module, *, inplace: bool = True, fuse_batch_norm: bool
     Raises:
         TypeError: `model` is no module, or one of its layers is of a subclass of a hyper-convolution
             that has a forward of its own.
-        ValueError: `fuse_batch_norm` is asked of a model in training mode.
+        ValueError: `fuse_batch_norm` is asked of a model in training mode, or a layer is lazy and has no
+            parameters yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the model")
@@ -70,6 +72,11 @@ def materialize(model: nn.Module, *, inplace: bool = True, fuse_batch_norm: bool
 
 def _dense(name: str, layer: Any) -> nn.Module:
     """The nn.ConvNd for `layer`."""
+    if any(map(is_lazy, layer.parameters())):
+        raise ValueError(
+            f"layer {name!r}: expected parameters, got a lazy layer before its first call; call the "
+            f"model once before"
+        )
     own = type(layer).forward
     known: Any = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith(_PACKAGE))
     if own is not known.forward or "forward" in vars(layer):
