@@ -82,12 +82,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The documentation: served, and changed where a page changes; or built into build/site, without a warning.
+# The documentation: served, and changed where a page changes; or built into build/site, without a warning
+# (not --quiet: warnings that are not shown are not counted).
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 docs-check: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # The tables of every Triton configuration and every instantiation of csrc/ (needs nvcc), compiled for
 # sm_80, sm_90 and sm_100, with the bounds of their hot loops.

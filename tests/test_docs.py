@@ -125,3 +125,10 @@ def test_every_environment_variable_is_described() -> None:
     read = {name for path in sources for name in re.findall(r'"(HYPERCONV_[A-Z_]+)"', path.read_text())}
     assert "HYPERCONV_BACKEND" in read
     assert {name for name in read if f"`{name}`" not in page} == set()
+
+
+def test_the_readme_links_to_what_is_there() -> None:
+    """Pages of the site are checked when that is built."""
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", (_ROOT / "README.md").read_text())
+    assert "docs/index.md" in links
+    assert [link for link in links if not (_ROOT / link).exists()] == []

@@ -107,10 +107,10 @@ class LazyHyperConv2d(_LazyHyperConv, HyperConv2d):
     and drawn; at the first call the layer becomes a `HyperConv2d`.
 
     Args:
-        out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            as in `nn.LazyConv2d`.
-        hidden_features, num_features, activation, weight_bias, weight_norm, coordinates, backend,
-            algorithm, hypernet, parametrization: as in `HyperConv2d`.
+        out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.LazyConv2d`.
+        padding_mode, device, dtype: as in `nn.LazyConv2d`.
+        hidden_features, num_features, activation, weight_bias, weight_norm: as in `HyperConv2d`.
+        coordinates, backend, algorithm, hypernet, parametrization: as in `HyperConv2d`.
 
     Raises:
         TypeError, ValueError: as `HyperConv2d`; at the first call, if the groups do not divide the
@@ -136,8 +136,10 @@ class LazyHyperConvTranspose2d(_LazyHyperConv, HyperConvTranspose2d):
     """`HyperConvTranspose2d` without `in_channels`; see `LazyHyperConv2d`.
 
     Args:
-        out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
-            device, dtype: as in `nn.LazyConvTranspose2d`; and the keywords of `HyperConv2d`.
+        out_channels, kernel_size, stride, padding, output_padding, groups: as in
+            `nn.LazyConvTranspose2d`.
+        bias, dilation, padding_mode, device, dtype: as in `nn.LazyConvTranspose2d`; and the keywords of
+            `HyperConv2d`.
     """
 
     cls_to_become = HyperConvTranspose2d
