@@ -190,6 +190,10 @@ def fit(
 class _Descent:
     """L-BFGS from where a hyper-network is, on the squared error that its features leave.
 
+    Each step only has to gain something (Armijo). PyTorch's own L-BFGS asks for the strong Wolfe
+    conditions, which cannot be met at the kinks of a leaky ReLU: it ended at 1.42 times the least error
+    where this ends below 1.2 times it.
+
     Args:
         hypernet: as `fit` takes it; a copy in float64 is changed.
         taps: the coordinates.
