@@ -124,6 +124,14 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Without what earlier tests compiled, which counts towards the limit of recompilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

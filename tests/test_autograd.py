@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -24,14 +24,6 @@ GEOMETRIES = {
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """Without what earlier tests compiled, which counts towards the limit of recompilations."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _tensors(dtype: torch.dtype, groups: int = 1, device: str | torch.device = "cpu") -> list[Tensor]:

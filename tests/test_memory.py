@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hyperconv_ext import HyperConv2d
 
-from .conftest import FUSED
+from .conftest import FUSED, QUICK
 
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 
@@ -33,15 +36,51 @@ def largest_allocation(work: Callable[[], object], device: torch.device) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def _step(backend: str, channels: int, size: int, kernel: int, device: torch.device) -> int:
+Call = Callable[[Tensor], Tensor]
+Tool = Callable[[HyperConv2d], Call]
+
+
+def _alone(conv: HyperConv2d) -> Call:
+    return conv
+
+
+def _compiled(conv: HyperConv2d) -> Call:
+    return torch.compile(conv, backend="aot_eager", fullgraph=True)
+
+
+def _under_autocast(conv: HyperConv2d) -> Call:
+    """In float16, in which every backend can be tested."""
+
+    def call(input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, torch.float16):
+            return conv(input)
+
+    return call
+
+
+def _checkpointed(conv: HyperConv2d) -> Call:
+    return partial(checkpoint, conv, use_reentrant=False)
+
+
+def _checkpointed_by_reentry(conv: HyperConv2d) -> Call:
+    return partial(checkpoint, conv, use_reentrant=True)
+
+
+TOOLS = [_compiled, _under_autocast, _checkpointed, _checkpointed_by_reentry]
+
+
+def _step(
+    backend: str, channels: int, size: int, kernel: int, device: torch.device, tool: Tool = _alone
+) -> int:
     """Largest allocation of a training step after the first (compilation, caches)."""
     conv = HyperConv2d(channels, channels, kernel, padding=kernel // 2, backend=backend, device=device)
     input = torch.randn(1, channels, size, size, device=device)
     input = input.contiguous(memory_format=torch.channels_last).requires_grad_()
-    cotangent = torch.randn_like(input)
+    call = tool(conv)
+    cotangent = torch.randn_like(call(input))
 
     def work() -> None:
-        conv(input).backward(cotangent)
+        call(input).backward(cotangent)
 
     work()
     return largest_allocation(work, device)
@@ -67,6 +106,19 @@ def test_no_responses(backend: str, device) -> None:
     responses = 5 * channels * size**2 * 4
     assert _step(backend, channels, size, kernel, device) < responses
     assert _step("composite", channels, size, kernel, device) >= responses
+
+
+@pytest.mark.parametrize("backend", QUICK)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_keep_the_contract(tool: Tool, backend: str, device, compiler) -> None:
+    """The same two shapes; of W, and of z, in the type in which they would be computed."""
+    bytes_each = 2 if tool is _under_autocast else 4
+    weight = 32 * 32 * 11**2 * bytes_each
+    assert _step(backend, 32, 8, 11, device, tool) < weight
+    assert _step("reference", 32, 8, 11, device, tool) >= weight
+    responses = 5 * 8 * 40**2 * bytes_each
+    assert _step(backend, 8, 40, 5, device, tool) < responses
+    assert _step("composite", 8, 40, 5, device, tool) >= responses
 
 
 @every_fused_backend

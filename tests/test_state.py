@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
-from hyperconv_ext import HyperConv2d, HyperConvTranspose3d, functional, taps
+from hyperconv_ext import HyperConv2d, HyperConvTranspose3d, functional
 from hyperconv_ext.modules.base import PARAMETRIZATIONS
+from hyperconv_ext.ops import coordinates
 from hyperconv_ext.taps import tap_coordinates
 
 from .conftest import FUSED
@@ -157,7 +158,7 @@ def test_a_second_step_makes_no_coordinates(device) -> None:
     layer, other = (HyperConv2d(3, 4, (3, 6), device=device) for _ in range(2))
     input = torch.randn(1, 3, 9, 9, device=device)
     layer(input)
-    with mock.patch.object(taps, "_grid", side_effect=AssertionError("made again")):
+    with mock.patch.object(coordinates, "tap_grid", side_effect=AssertionError("made again")):
         layer(input)
         other(input)
 
@@ -202,9 +203,10 @@ def test_the_first_call_leaves_nothing_wrong_behind(first: Callable, backend: st
     layer = HyperConv2d(3, 4, 3, backend=backend, device=device)
     expected = layer.weight.clone()
     input = torch.randn(1, 3, 9, 9, device=device)
-    with mock.patch.object(taps, "_known", {}):
+    with mock.patch.object(coordinates, "_known", {}):
         first(layer, input)
-        assert all(type(kept) is Tensor and not kept.is_inference() for kept in taps._known.values())
+        known = coordinates._known.values()
+        assert all(type(kept) is Tensor and not kept.is_inference() for kept in known)
         output = layer(input)
         output.sum().backward()
         torch.testing.assert_close(layer.weight, expected)

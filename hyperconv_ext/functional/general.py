@@ -27,8 +27,9 @@ from ..checks import (
     per_axis,
     positive_number,
 )
+from ..compilation import in_graph
 from ..geometry import Geometry
-from ..taps import check_coordinate_name, taps_beside
+from ..taps import check_coordinate_name
 
 Padding = int | Sequence[int] | str
 
@@ -115,6 +116,7 @@ def _keep(key: Hashable, step: ops.Step | None) -> None:
     _steps[key] = step
 
 
+@in_graph
 def convolve(
     dims: int,
     input: Tensor,
@@ -227,7 +229,7 @@ def _mlp(
         )
     if isinstance(coordinates, str):
         check_coordinate_name(coordinates)
-        coordinates = taps_beside(weights[0], size, coordinates, (1.0,) * dims)
+        coordinates = ops.taps_beside(weights[0], size, coordinates, (1.0,) * dims)
     check_coordinates(meta("coordinates", coordinates), size, like)
     return ops.Mlp(coordinates, weights, biases, activation, gain, linear_output), size
 

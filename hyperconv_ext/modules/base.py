@@ -33,7 +33,7 @@ from ..hypernet import (
     floating_dtype,
     without_numbers,
 )
-from ..taps import check_coordinate_name, taps_beside
+from ..taps import check_coordinate_name
 from . import exchange
 from .description import described
 from .inference import KernelKeeper, convolve_by_kept, keeps_kernel, kept_kernel
@@ -262,7 +262,7 @@ class HyperConvNd(nn.Module, ABC):
 
     def _taps(self, like: Tensor) -> Tensor:
         """Shared with other layers: for reading only."""
-        return taps_beside(like, self.kernel_size, self.coordinates, self.tap_spacing)
+        return ops.taps_beside(like, self.kernel_size, self.coordinates, self.tap_spacing)
 
     def _mlp(self) -> ops.Mlp | None:
         """The hyper-network as the operators take it; None where it must be called as a module."""

@@ -74,9 +74,9 @@ class KernelKeeper:
 def keeps_kernel(layer: HyperConvNd) -> bool:
     """Whether the layer may keep its kernel now: nobody records what it does, the engine is there."""
     return (
-        not layer.training
+        not torch.compiler.is_compiling()  # first: what is asked for makes a graph a graph of it alone
+        and not layer.training
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not library.reason()
     )

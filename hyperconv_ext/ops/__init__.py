@@ -2,6 +2,7 @@
 
 from . import flops, sharding
 from .convolution import basis_conv, form, resolve
+from .coordinates import taps_beside
 from .execution import problem_of
 from .hyper import Mlp, Step, hyper_conv, step, step_key
 from .mlp import coordinate_mlp
@@ -22,4 +23,5 @@ __all__ = [
     "sharding",
     "step",
     "step_key",
+    "taps_beside",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import backends, planner
 from ..autocast import for_autocast
 from ..backends import reference
+from ..compilation import compiling
 from ..geometry import Geometry
 from ..problem import JOINT, OPS, Wanted, weight_shape
 from ..transforms import Function
@@ -224,7 +225,7 @@ def resolve(
     kept: bool = False,
 ) -> str:
     """As `planner.resolve`, for W as it would be built for this input, or is `kept`."""
-    batch = 0 if torch.compiler.is_compiling() else input.shape[0]  # a graph may meet others
+    batch = 0 if compiling() else input.shape[0]  # a graph may meet others
     choice = (input.dtype.itemsize, batch, torch.is_grad_enabled(), kept)
     weight = weight_shape(coefficients.shape, geometry, transposed, *choice)
     return planner.resolve(backend, algorithm, input.device.type, weight)

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import backends, layout, planner
 from ..autocast import without_autocast
+from ..compilation import untraced
 from ..geometry import Geometry
 from ..layout import new_activation
 from ..problem import JOINT, OPS, Plan, Problem, Wanted
-from .registry import untraced
 
 _SLOTS = ("grad", "input", "coefficients", "basis")
 GRAD, INPUT, COEFFICIENTS, BASIS = range(4)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, planner
+from ..compilation import when_imported
 from ..problem import JOINT, OPS
 from . import convolution, hyper, mlp  # noqa: F401, whose operators must be there
 from .execution import (
@@ -26,7 +27,6 @@ from .execution import (
     split_arguments,
     split_joint_arguments,
 )
-from .registry import when_imported
 
 
 def _convolution(slot: int, tensors: Any, spelled: Any) -> int:

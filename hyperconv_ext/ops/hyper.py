@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends, planner
 from ..autocast import for_autocast
+from ..compilation import compiling, untraced
 from ..geometry import Geometry
 from ..problem import Plan, Wanted
 from ..transforms import Function
@@ -37,7 +38,6 @@ from .registry import (
     exporting,
     register,
     transforming,
-    untraced,
 )
 
 _SCHEMA = (
@@ -146,7 +146,7 @@ def hyper_conv(
         shaped = basis.view(-1, *geometry.kernel_size)
         where = (geometry, backend, algorithm, transposed)
         return basis_conv(input, coefficients, shaped, bias, *where)
-    if torch.compiler.is_compiling():
+    if compiling():
         return compute(input, coefficients, *mlp, bias)[0]
     return Step(compute, choice)(input, coefficients, mlp, bias)
 
@@ -164,7 +164,7 @@ def _computation(
     """(x, A, *MLP, bias) -> (y, phi): the operator, or what is behind it; None: compose the parts."""
     if sharding.in_use() and sharding.distributed((input, *mlp.weights)):
         return None
-    if torch.compiler.is_compiling():  # the operator has rules for the transforms under compilation
+    if compiling():  # the operator has rules for the transforms under compilation
         return partial(_call, transposed, geometry, backend, algorithm)
     if transforming():
         return None

@@ -13,13 +13,13 @@ from .. import backends, planner
 from ..autocast import without_autocast
 from ..backends import reference
 from ..caching import memoize
+from ..compilation import untraced
 from ..problem import Device
 from ..transforms import Function
 from .registry import (
     can_skip_dispatch,
     exporting,
     register,
-    untraced,
     vmap_by_loop,
 )
 from .sharding import distributed

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..backends.cuda import schemas
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from ..compilation import untraced
 
 _library = torch.library.Library("hyperconv_ext", "DEF")
 _launches = torch.library.Library(schemas.NAMESPACE, "DEF")
@@ -39,18 +32,6 @@ def register(
     torch.library.register_fake(qualified, fake, lib=_library)
     operator = getattr(torch.ops.hyperconv_ext, name)
     torch.library.register_vmap(qualified, partial(vmap_by_loop, operator), lib=_library)
-
-
-def untraced(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, never compiled by Dynamo, nor what it calls: it plans and launches.
-
-    Dynamo sees every Python frame while code that it has compiled or given up on runs, also those of an
-    operator's kernel. `torch.compiler.disable` would do the same, at seconds of imports.
-    """
-    frames = torch._C._dynamo.eval_frame
-    skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    return function
 
 
 def transforming() -> bool:
@@ -109,40 +90,6 @@ def vmap_by_loop(
     output_spec = results[0][1]
     output = pytree.tree_unflatten(stacked, output_spec)
     return output, pytree.tree_unflatten([0] * len(stacked), output_spec)
-
-
-class _Hook(MetaPathFinder):
-    """Calls back once `name` has been imported."""
-
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
-        self.name, self.callback = name, callback
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_then_call_back(module: ModuleType) -> None:
-            execute(module)
-            self.callback()
-
-        spec.loader.exec_module = execute_then_call_back  # type: ignore[method-assign]
-        return spec
-
-
-def when_imported(name: str, callback: Callable[[], None]) -> None:
-    """Call back when the module `name` is imported; at once if it has been.
-
-    For what is registered with parts of PyTorch that take long to import and that few need.
-    """
-    if name in sys.modules:
-        callback()
-    else:
-        sys.meta_path.insert(0, _Hook(name, callback))
 
 
 _operators_kept = False

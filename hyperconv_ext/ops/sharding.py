@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compilation import when_imported
 from ..problem import JOINT, OPS, Wanted
 from . import convolution  # noqa: F401, whose operators must be there
 from .execution import (
@@ -26,7 +27,6 @@ from .execution import (
     split_arguments,
     split_joint_arguments,
 )
-from .registry import when_imported
 
 _dtensor: type | None = None  # DTensor, once somebody has imported it
 

@@ -35,13 +35,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together costs more than three of their own."""
     monkeypatch.setitem(joint.ESTIMATE, "together", 4.0)
