@@ -6,6 +6,7 @@ import copy
 import io
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 import hyperconv_ext
 from hyperconv_ext import BasisTable, HyperConv1d, HyperConv2d
@@ -320,6 +322,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     conv = nn.Conv2d(4, 4, 3)
     HyperConv2d.from_conv(conv, rank=3)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("tqdm.auto.tqdm", partial(tqdm, mininterval=0))  # shows each step, however quick
     HyperConv2d.from_conv(conv, rank=3, progress=True)
     shown = capsys.readouterr().err
     assert "fit:" in shown and "error 0." in shown

@@ -57,6 +57,7 @@ def _load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.alone  # several processes that wait for each other
 @pytest.mark.slow
 def test_goes_on_after_being_killed(tmp_path: Path) -> None:
     """To the same parameters as without, by what is left in the file; here sharded where it was not."""
@@ -84,6 +85,7 @@ def test_goes_on_after_being_killed(tmp_path: Path) -> None:
         torch.testing.assert_close(states[0]["model"][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.alone  # several processes that wait for each other
 @pytest.mark.slow
 def test_sharded_volumes() -> None:
     printed = _finish(_start("--volumes", "512", "--fsdp", "--epochs", "2"))
