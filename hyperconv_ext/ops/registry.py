@@ -26,7 +26,8 @@ def register(
     """Define `hyperconv_ext::schema`: one kernel for every device, its fake, autograd and vmap rules."""
     name = schema.partition("(")[0]
     qualified = f"hyperconv_ext::{name}"
-    _library.define(schema)
+    # Inductor would copy operands whose layout it has changed back to that of the traced ones.
+    _library.define(schema, tags=(torch.Tag.flexible_layout,))
     _library.impl(name, untraced(kernel), "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")
     torch.library.register_fake(qualified, fake, lib=_library)
