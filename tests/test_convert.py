@@ -12,78 +12,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 
 from hyperconv_ext import BasisTable, HyperConv2d, convert, materialize
-from hyperconv_ext.conversion import Report
 from hyperconv_ext.conversion.enlarge import enlarged
 from hyperconv_ext.conversion.padding import PaddedHyperConv2d, PadsInput, pad_input
 from hyperconv_ext.conversion.source import Source, source_of
 from hyperconv_ext.modules import HyperConvNd
 
-DIMS = (1, 2, 3)
-
-
-def quietly(model: nn.Module, **options: Any) -> Report:
-    return convert(model, progress=False, **options)
-
-
-def reason(model: nn.Module, name: str = "", **options: Any) -> str:
-    """Why the layer was left, which it has to be."""
-    report = quietly(model, **options)
-    return next(layer.reason for layer in report.layers if name in (layer.name, *layer.aliases))
-
-
-def conv_class(dims: int, transposed: bool) -> Any:
-    return getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
-
-
-class SamePad(nn.Conv2d):
-    """As TensorFlow pads: by the size of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pads = []
-        for axis in (1, 0):
-            size, k, s, d = (
-                x.shape[2 + axis],
-                self.kernel_size[axis],
-                self.stride[axis],
-                self.dilation[axis],
-            )
-            total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            pads += [total // 2, total - total // 2]
-        return F.conv2d(
-            F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
-        )
-
-
-class CausalConv1d(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
-
-
-class FixedPad(nn.Conv2d):
-    """By a child, and one axis after the other; symmetric in the end."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pad = nn.ZeroPad2d((2, 1, 0, 1))
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padded = F.pad(self.pad(input), (0, 1, 1, 0))
-        return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
-
-
-class OtherConstructor(nn.Conv2d):
-    def __init__(self, width: int) -> None:
-        super().__init__(width, width, 3, padding=1)
-
-    @staticmethod
-    def rule() -> int:
-        return 1
-
-
-# ---- which layers, and how they are
+from .converting import (
+    DIMS,
+    CausalConv1d,
+    FixedPad,
+    OtherConstructor,
+    SamePad,
+    Shared,
+    conv_class,
+    quietly,
+    reason,
+)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -193,9 +139,6 @@ def test_twice_is_once() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-# ---- the same objects
-
-
 def test_the_model_may_be_a_convolution() -> None:
     conv = nn.Conv2d(16, 16, 3)
     report = quietly(conv)
@@ -208,21 +151,6 @@ def test_a_copy() -> None:
     report = quietly(model, inplace=False)
     assert type(model[0]) is nn.Conv2d and type(report.model[0]) is HyperConv2d  # type: ignore[index]
     assert report.model[0].bias is not model[0].bias  # type: ignore[index]
-
-
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(16, 16, 3, padding=1)
-        self.second = self.first
-        self.parts = nn.ModuleList([self.first, nn.Conv2d(16, 16, 3, padding=1)])
-        self.named = nn.ModuleDict({"inner": nn.Sequential(self.parts[1])})
-        self.plain = [self.first, {"key": self.parts[1]}]
-        self.__dict__["hidden"] = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        held: Any = self.plain
-        return self.second(held[0](self.named["inner"](held[1]["key"](x))))
 
 
 def test_shared_modules_stay_shared_wherever_they_are_held() -> None:
@@ -291,228 +219,6 @@ def test_an_optimizer_made_before_goes_on_with_the_bias() -> None:
     assert not torch.equal(before, conv.bias)  # type: ignore[arg-type]
 
 
-# ---- what is left, and why
-
-
-def computed(wrap: Callable[[nn.Module], Any]) -> nn.Module:
-    conv = nn.Conv2d(16, 16, 3)
-    wrap(conv)
-    return conv
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
-        torch.nn.utils.spectral_norm,
-        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
-        lambda conv: torch.nn.utils.parametrize.register_parametrization(conv, "bias", nn.Identity()),
-    ],
-)
-def test_computed_weights_are_left(wrap: Callable[[nn.Module], Any]) -> None:
-    assert "is computed" in reason(computed(wrap))
-
-
-def test_tied_weights_are_left_and_named() -> None:
-    model = nn.ModuleDict(
-        {"a": nn.Conv2d(16, 16, 3), "b": nn.Conv2d(16, 16, 3), "c": nn.Conv2d(16, 16, 3)}
-    )
-    model["b"].weight = model["a"].weight
-    model["c"].bias = model["a"].bias
-    report = quietly(model)
-    assert [layer.reason for layer in report.layers] == [
-        "its weight shares its memory with b.weight",
-        "its weight shares its memory with a.weight",
-        "",
-    ]
-    assert model["c"].bias is model["a"].bias and model["b"].weight is model["a"].weight
-
-
-def test_overlapping_memory_is_tied_and_neighbours_are_not() -> None:
-    first, second = nn.Conv1d(4, 8, 31), nn.Conv1d(4, 4, 31)
-    second.weight = nn.Parameter(first.weight.data[:4])
-    assert "shares its memory with 1.weight" in reason(nn.Sequential(first, second), "0")
-    model = nn.Sequential(nn.Conv1d(4, 8, 31), nn.Conv1d(8, 4, 31))
-    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
-    assert not quietly(model).left
-    meta = nn.Sequential(nn.Conv1d(4, 8, 31, device="meta"), nn.Conv1d(4, 8, 31, device="meta"))
-    assert not quietly(meta).left
-
-
-def with_weight_hook() -> nn.Module:
-    conv = nn.Conv2d(16, 16, 3)
-    conv.weight.register_hook(lambda grad: grad)
-    return conv
-
-
-def with_accumulation_hook() -> nn.Module:
-    conv = nn.Conv2d(16, 16, 3)
-    conv.weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    return conv
-
-
-def with_state_hook() -> nn.Module:
-    conv = nn.Conv2d(16, 16, 3)
-    conv.register_state_dict_post_hook(lambda *args: None)
-    return conv
-
-
-def with_own_forward() -> nn.Module:
-    conv = nn.Conv2d(16, 16, 3)
-    conv.forward = lambda x: x  # type: ignore[method-assign]
-    return conv
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
-
-
-class Scaled(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Cached(nn.Conv1d):
-    """Pads by what it remembers of the first input."""
-
-    pad: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pad is None:
-            self.pad = (x.shape[-1] % 2, 0)
-        return super().forward(F.pad(x, self.pad))
-
-
-class WithArgument(nn.Conv2d):
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return super().forward(x)
-
-
-class OnlyInTraining(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.dropout(x, 0.5, self.training))
-
-
-class WithDropout(nn.Conv2d):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.drop = nn.Dropout(0.5).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.drop(x))
-
-
-class ByParts(nn.Conv3d):
-    """The same for small inputs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < 2**30:
-            return super().forward(x)
-        return torch.cat([super(ByParts, self).forward(part) for part in x.split(1)])
-
-
-class OddlyPadded(nn.Conv1d):
-    """By the size, and not as 'same' does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (x.shape[-1] % 3, 0)))
-
-
-class OnesPadded(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (3, 3), value=1.0))
-
-
-class ChannelPadded(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x[:, :-1], (0, 0, 0, 1)))
-
-
-class OtherWeight(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.flip(0), self.bias)
-
-
-class OwnApply(nn.Conv2d):
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return self
-
-
-class WithBuffer(nn.Conv2d):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.register_buffer("mask", torch.ones(1))
-
-
-class TransposedScaled(nn.ConvTranspose2d):
-    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
-        return 2 * super().forward(input, output_size)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda: nn.LazyConv2d(16, 3), "lazy and not initialised"),
-        (with_weight_hook, "its weight has hooks"),
-        (with_accumulation_hook, "its weight has hooks"),
-        (with_state_hook, "hooks on its state"),
-        (with_own_forward, "its forward was replaced on the instance"),
-        (lambda: OwnApply(16, 16, 3), "it defines _apply"),
-        (lambda: WithBuffer(16, 16, 3), "tensors that a convolution has not: mask"),
-        (lambda: nn.Conv2d(16, 16, 3, dtype=torch.complex64), "torch.complex64"),
-        (lambda: nn.Conv2d(16, 0, 3), "no elements"),
-        (lambda: Standardised(16, 16, 3), "test_convert.Standardised has a forward of its own"),
-        (lambda: Scaled(16, 16, 3), "forward of its own"),
-        (lambda: Cached(16, 16, 9), "forward of its own"),
-        (lambda: WithArgument(16, 16, 3), "forward of its own"),
-        (lambda: OnlyInTraining(16, 16, 3), "forward of its own"),
-        (lambda: WithDropout(16, 16, 3), "forward of its own"),
-        (lambda: ByParts(16, 16, 3), "forward of its own"),
-        (lambda: OddlyPadded(16, 16, 9), "forward of its own"),
-        (lambda: OnesPadded(16, 16, 9), "forward of its own"),
-        (lambda: ChannelPadded(16, 16, 9), "forward of its own"),
-        (lambda: OtherWeight(16, 16, 3), "forward of its own"),
-        (lambda: TransposedScaled(16, 16, 3), "forward of its own"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
-def test_what_cannot_be_kept_is_left_and_named(make: Callable[[], nn.Module], why: str) -> None:
-    conv = make()
-    kind, keys = type(conv), list(vars(conv))
-    assert why in reason(nn.Sequential(conv), "0")
-    assert type(conv) is kind and list(vars(conv)) == keys
-
-
-def test_other_kinds_of_convolutions_are_named() -> None:
-    class Mixture(nn.Module):
-        in_channels, out_channels, kernel_size = 3, 3, 3
-
-    assert "Mixture is not one of torch.nn's" in reason(nn.Sequential(Mixture()), "0")
-    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(16, 16, 3)))
-    assert "is not one of torch.nn's" in reason(scripted, "0")  # type: ignore[arg-type]
-
-
-def test_changed_padding_that_the_module_does_not_follow() -> None:
-    conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
-    conv.padding = (2, 2)
-    assert "padding was changed to (2, 2)" in reason(conv)
-
-
-def test_sizes_and_settings_are_those_of_the_moment() -> None:
-    conv = nn.Conv2d(3, 16, 7, stride=2)
-    conv.weight = nn.Parameter(torch.randn(16, 8, 5, 5))  # in_channels and kernel_size still 3 and 7
-    conv.stride, conv.padding = 1, 2  # type: ignore[assignment]
-    x = torch.randn(1, 8, 9, 9)
-    shape = conv(x).shape
-    quietly(conv)
-    assert conv(x).shape == shape
-
-
-# ---- subclasses that only pad
-
-
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [3, 4, (5, 2)])
 def test_tensorflows_same_padding_is_kept(stride: int, kernel: Any) -> None:
@@ -564,9 +270,6 @@ def test_padded_layers_are_copied_saved_compiled_and_traced() -> None:
         torch.fx.symbolic_trace(nn.Sequential(layer)),
     ):
         torch.testing.assert_close(twin(x), expected)
-
-
-# ---- larger kernels
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -635,9 +338,6 @@ def test_a_strided_layer_without_overlap_cannot_follow() -> None:
     assert "smaller than its stride" in reason(SamePad(16, 16, 2, stride=4), kernel_size=4)
 
 
-# ---- kernels that are kept
-
-
 def of_rank(weight: Tensor, rank: int) -> Tensor:
     """The nearest kernel of this rank over the taps."""
     left, values, right = torch.linalg.svd(weight.flatten(2).flatten(0, 1), full_matrices=False)
@@ -700,9 +400,6 @@ def test_fit_needs_numbers() -> None:
         quietly(nn.Sequential(nn.Conv2d(16, 16, 3, device="meta")), init="fit")
 
 
-# ---- the report
-
-
 def test_the_report() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2, bias=False), nn.Dropout(), nn.ConvTranspose2d(16, 4, 6)
@@ -753,9 +450,6 @@ def test_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     console.print(report)
     text = console.file.getvalue()
     assert "Conv2d(16, 16, 3x3)" in text and "left: 1: a 1x1 kernel" in text
-
-
-# ---- wrong arguments
 
 
 @pytest.mark.parametrize(

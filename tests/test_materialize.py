@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from hyperconv_ext import HyperConv1d, HyperConv2d, LazyHyperConv2d, convert, materialize
 from hyperconv_ext.conversion.padding import PaddedConv1d, PaddedConv2d, PaddedHyperConv2d
 
-from .test_convert import DIMS, CausalConv1d, SamePad, Shared, conv_class
+from .converting import DIMS, CausalConv1d, SamePad, Shared, conv_class
 
 
 def converted(model: nn.Module, **options: Any) -> Any:
