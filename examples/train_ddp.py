@@ -214,8 +214,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(data: Data, args: argparse.Namespace, device: torch.device) -> None:
     """Train, and print after each epoch what was reached and how fast each process is."""
+    model = distribute(data.train_images.dim() - 2, args, device)
+    groups = parameter_groups(model, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    for epoch, loss, speed in train(model, data, optimizer, args, device):
+        reached = accuracy(model, data, args.batch_size, device)
+        speeds: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(speeds, round(speed))
+        if dist.get_rank() == 0:
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, held-out {reached:.2%}, by process:")
+            print(*(f"  {rank}: {speed} examples/s" for rank, speed in enumerate(speeds)), sep="\n")
+    # Gloo's threads have still to free the tensors of the last message, for which they need the interpreter:
+    # while it destroys the group they would wait for ever, and while it ends, abort.
+    time.sleep(0.1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the data, and train with the other processes."""
     parser = build_parser()
     args = parser.parse_args(argv)
     prepare(args)
@@ -228,16 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     device = start_processes(args.device)
     try:
-        model = distribute(data.train_images.dim() - 2, args, device)
-        groups = parameter_groups(model, weight_decay=args.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=args.lr)
-        for epoch, loss, speed in train(model, data, optimizer, args, device):
-            reached = accuracy(model, data, args.batch_size, device)
-            speeds: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(speeds, round(speed))
-            if dist.get_rank() == 0:
-                print(f"epoch {epoch + 1}: loss {loss:.4f}, held-out {reached:.2%}, by process:")
-                print(*(f"  {rank}: {speed} examples/s" for rank, speed in enumerate(speeds)), sep="\n")
+        run(data, args, device)
     finally:
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,7 @@ def _work(rank: int, path: str) -> None:
     _fsdp(f"{path}.checkpoint")
     _mixed_precision()
     _replicas()
+    time.sleep(0.1)  # see `run` in examples/train_ddp.py
     dist.destroy_process_group()
     Path(f"{path}.{rank}").touch()
 
