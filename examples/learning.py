@@ -20,10 +20,9 @@ OUT/summary.md says which goals are met; the figures lie beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict
@@ -33,7 +32,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common import add_run_options, positive, prepare
+from common import positive, prepare
+from experiments import Runs, add_experiment_options, interruptible, parse
 from learning_report import Run, write_report
 from learning_trials import (
     BANK_KERNEL,
@@ -50,11 +50,8 @@ from learning_trials import (
     widest_kernel,
 )
 
-OUT = Path(__file__).parent / "results" / "learning"
-RUNS = "runs.jsonl"
 # What `--quick` sets unless the command line does.
 QUICK: dict[str, Any] = {
-    "out": OUT.with_name("learning-quick"),
     "kinds": [TWIN, "default"],
     "kernels": [7],
     "sgd_rates": [0.01, 0.1],
@@ -67,40 +64,9 @@ QUICK: dict[str, Any] = {
 }
 
 
-def read_runs(path: Path) -> list[Run]:
-    """The stored runs; a last line that was cut short is none.
-
-    Raises:
-        ValueError: another line is no run, or one of another protocol.
-    """
-    if not path.is_file():
-        return []
-    runs = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            row = json.loads(line)
-            run = Run(Trial(**row["trial"]), Result(**row["result"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a run of protocol {PROTOCOL}, got {error!r}; "
-                f"remove the line, or pass another --out"
-            ) from error
-        runs.append(run)
-    return runs
-
-
-def append_runs(path: Path, runs: Iterable[Run]) -> Iterator[Run]:
-    """Each run, once it stands at the end of the file, of which a cut last line is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        for run in runs:
-            row = {"trial": asdict(run.trial), "result": asdict(run.result)}
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            file.flush()
-            yield run
+def as_runs(stored: Runs) -> list[Run]:
+    """The stored runs."""
+    return [Run(Trial(**trial), Result(**result)) for trial, result in stored]
 
 
 def plan_trials(args: argparse.Namespace) -> list[Trial]:
@@ -199,17 +165,14 @@ def _start_worker(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def build_parser(quick: bool = False) -> argparse.ArgumentParser:
-    """The command line, with the defaults of `--quick` or without."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Train HyperConv2d with the recipes of nn.Conv2d, over a grid, and report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
     option("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four idx .gz files")
-    option("--out", type=Path, default=OUT, help="folder of the runs and of the report")
-    option("--quick", action="store_true", help="a small grid: two minutes with --jobs 2")
-    option("--report-only", action="store_true", help="redraw from the stored runs")
     option("--jobs", type=positive, default=1, help="processes that train")
     option("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to learn")
     option("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="layers to compare")
@@ -228,60 +191,44 @@ def build_parser(quick: bool = False) -> argparse.ArgumentParser:
     option("--sgd-rates", nargs="+", type=float, default=sgd, help="learning rates of SGD")
     option("--adam-rates", nargs="+", type=float, default=adam, help="learning rates of Adam")
     option("--features", nargs="+", type=positive, default=[4, 16, 48], help="N in the regression")
-    option("--seeds", type=positive, default=5, help="how many, from --seed on")
-    option("--epochs", type=positive, default=2, help="passes over the training images")
     option("--train", type=positive, default=6000, help="training images")
     option("--test", type=positive, default=3000, help="held-out images")
     option("--batch-size", type=positive, default=64, help="images per step on MNIST")
     option("--steps", type=positive, default=1000, help="of the regression")
     option("--noise-batch-size", type=positive, default=8, help="images per step of the regression")
-    add_run_options(parser)
-    parser.set_defaults(threads=1, **(QUICK if quick else {}))
+    add_experiment_options(parser, "learning", epochs=2)
+    parser.set_defaults(threads=1)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run what is missing, write the report and return its files."""
-    quick = build_parser().parse_args(argv).quick
-    parser = build_parser(quick)
-    args = parser.parse_args(argv)
-    path = args.out / RUNS
+    parser = build_parser()
+    args = parse(parser, argv, QUICK)
     if not args.report_only and "mnist" in args.tasks and args.mnist is None:
         parser.error("--mnist: expected the folder of MNIST's files, got none; or --tasks regression")
     prepare(args)
     try:
-        runs = read_runs(path)
+        stored = Runs(args.out, PROTOCOL)
         trials = [] if args.report_only else plan_trials(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    done = {run.trial for run in runs}
-    missing = [trial for trial in trials if trial not in done]
+    missing = [trial for trial in trials if stored.get(asdict(trial)) is None]
     if not args.report_only:
-        print(f"{len(trials)} runs, of which {len(trials) - len(missing)} are in {path}")
+        print(f"{len(trials)} runs, of which {len(trials) - len(missing)} are in {stored.path}")
     if missing:
         bar = tqdm(total=len(missing), unit="run")
         with bar, closing(run_all(missing, args)) as running:
-            for run in append_runs(path, running):
-                runs.append(run)
+            for run in running:
+                stored.add(asdict(run.trial), asdict(run.result))
                 bar.set_postfix_str(f"{run.trial.task}, {run.trial.kind}, k = {run.trial.kernel_size}")
                 bar.update()
-    if not runs:
-        parser.error(f"--report-only: expected runs in {path}, found none; run without it first")
-    files = write_report(runs, args.out, quick)
+    if not len(stored):
+        parser.error(f"--report-only: expected runs in {stored.path}, found none; run without it first")
+    files = write_report(as_runs(stored), args.out, args.quick)
     print(*files, sep="\n")
     return files
 
 
-def interruptible(argv: Sequence[str] | None = None) -> int:
-    """`main`, of which SIGINT and SIGTERM keep the finished runs; the process's exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(argv)
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is kept, the same command goes on from there")
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(interruptible())
+    raise SystemExit(interruptible(main))

@@ -15,21 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
+from experiments import PALETTE, STYLE, save_figure, table, write_summary
 from learning_trials import CURVE_POINTS, FIXED, KINDS, MOMENTUM, TASKS, TWIN, Result, Trial
 
 TOLERANCE = 0.005  # of the goal, in accuracy
 WIDE_KERNEL = 7  # from here on the layer shall be ahead in most cells
 # What figures show of errors and losses: those of a run that diverges grow, the twin's fall to rounding.
 SHOWN = {"mnist": (1e-3, 5.0), "regression": (1e-4, 2.0)}
-STYLE: Any = {
-    "svg.hashsalt": "hyperconv_ext",
-    "svg.fonttype": "none",
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "xtick.labelsize": 8,
-}
+COMMAND = "python examples/learning.py --mnist DIR --jobs 2"
 MARKERS = "osD^v"
 OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam"}
 NORM_NAMES = {"none": "no norm", "batch": "batch norm"}
@@ -230,13 +223,8 @@ def write_report(runs: Sequence[Run], folder: Path, quick: bool) -> list[Path]:
         with matplotlib.rc_context(STYLE):
             for what, draw in (("rates", _draw_rates), ("loss", _draw_losses)):
                 figure = draw(grid, task, quick)
-                paths = [folder / f"{name}-{what}.{suffix}" for suffix in ("png", "svg")]
-                figure.savefig(paths[0], dpi=110)
-                figure.savefig(paths[1], metadata={"Date": None})
-                written += paths
-    summary = folder / "summary.md"
-    summary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return [summary, *written]
+                written += save_figure(figure, folder, f"{name}-{what}")
+    return [write_summary(folder, "\n\n".join(sections), COMMAND), *written]
 
 
 _HEADER = [
@@ -319,7 +307,7 @@ def _goals(verdicts: Sequence[Verdict]) -> str:
             lambda own: _met([not verdict.failing for verdict in own]),
         ),
     ]
-    return _table(
+    return table(
         ["goal", *(KINDS[kind].label for kind in kinds)],
         [
             [goal, *(answer([v for v in verdicts if v.kind == kind]) for kind in kinds)]
@@ -349,7 +337,7 @@ def _mnist_table(verdicts: Sequence[Verdict]) -> str:
         ]
         for verdict in verdicts
     ]
-    return _table([*_HEADER, "fails"], rows)
+    return table([*_HEADER, "fails"], rows)
 
 
 def _marked(point: Point, met: bool | None) -> str:
@@ -385,7 +373,7 @@ def _regression_section(group: Sequence[Run], grid: Grid, name: str) -> str:
         f"{TRAINED['regression']:g}) and one of the layer diverges or ends above "
         f"{FAILED['regression']:g}."
     )
-    goals = _table(
+    goals = table(
         ["goal", *(KINDS[kind].label for kind in KINDS if any(v.kind == kind for v in verdicts))],
         [
             [
@@ -398,8 +386,8 @@ def _regression_section(group: Sequence[Run], grid: Grid, name: str) -> str:
             ]
         ],
     )
-    table = _table([*_HEADER, "least", "fails"], rows)
-    parts = [_heading(group, grid, "Regression"), goals, key, table, _pictures(name)]
+    scores = table([*_HEADER, "least", "fails"], rows)
+    parts = [_heading(group, grid, "Regression"), goals, key, scores, _pictures(name)]
     return "\n\n".join(parts)
 
 
@@ -411,11 +399,6 @@ _SECTIONS: Mapping[str, Callable[[Sequence[Run], Grid, str], str]] = {
     "mnist": _mnist_section,
     "regression": _regression_section,
 }
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _panels(grid: Grid, draw: Callable[[Axes, Cell, bool], None], task: str) -> Figure:
@@ -453,7 +436,7 @@ def _legend(figure: Figure, grid: Grid, extra: Sequence[Line2D], quick: bool) ->
 def _look(kind: str) -> dict[str, Any]:
     index = list(KINDS).index(kind)
     return {
-        "color": f"C{index}",
+        "color": PALETTE[index],
         "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4,
         "linestyle": "--" if kind == TWIN else "-",

@@ -226,8 +226,8 @@ def run(data: Data, args: argparse.Namespace, device: torch.device) -> None:
         if dist.get_rank() == 0:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, held-out {reached:.2%}, by process:")
             print(*(f"  {rank}: {speed} examples/s" for rank, speed in enumerate(speeds)), sep="\n")
-    # Gloo's threads have still to free the tensors of the last message, for which they need the interpreter:
-    # while it destroys the group they would wait for ever, and while it ends, abort.
+    # Gloo's threads have still to free the tensors of the last message, for which they need the
+    # interpreter: while it destroys the group they would wait for ever, and while it ends, abort.
     time.sleep(0.1)
 
 

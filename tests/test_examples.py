@@ -235,7 +235,8 @@ def test_finished_runs_are_skipped_and_a_cut_line_is_run_again(
     path.write_bytes(path.read_bytes()[: -cut or None])
     learning.main(tiny_grid(mnist, mnist, "--seeds", "2"))
     assert ran == (first[-1:] if cut else [])
-    assert [run.trial for run in learning.read_runs(path)] == first
+    stored = learning.Runs(mnist, learning.PROTOCOL)
+    assert [run.trial for run in learning.as_runs(stored)] == first
     learning.main(tiny_grid(mnist, mnist, "--seeds", "3"))
     assert {trial.seed for trial in ran} == ({1, 2} if cut else {2})
 
@@ -394,18 +395,19 @@ def test_kinds_are_the_twin_the_defaults_and_the_published_forms(learning: Modul
 )
 def test_every_setting_is_part_of_the_key(learning: ModuleType, mnist: Path, options: str) -> None:
     def trials(*more: str) -> set[Any]:
-        parser = learning.build_parser(quick=True)
-        return set(learning.plan_trials(parser.parse_args(tiny_grid(mnist, mnist, *more))))
+        options = tiny_grid(mnist, mnist, *more)
+        return set(
+            learning.plan_trials(learning.parse(learning.build_parser(), options, learning.QUICK))
+        )
 
     assert trials()
     assert trials(*options.split()) - trials()
 
 
 def test_other_images_are_part_of_the_key(learning: ModuleType, mnist: Path) -> None:
-    parser = learning.build_parser(quick=True)
-
     def checksums(folder: Path) -> set[str]:
-        trials = learning.plan_trials(parser.parse_args(tiny_grid(folder, mnist)))
+        options = tiny_grid(folder, mnist)
+        trials = learning.plan_trials(learning.parse(learning.build_parser(), options, learning.QUICK))
         return {trial.data for trial in trials if trial.task == "mnist"}
 
     other = mnist / "other"
