@@ -22,6 +22,7 @@ from .modules import (
 from .ops import keep_operators
 from .optim import parameter_groups
 from .planner import PlanError
+from .plotting import plot_basis, plot_kernels
 from .report import explain
 
 __all__ = [
@@ -48,4 +49,6 @@ __all__ = [
     "keep_operators",
     "materialize",
     "parameter_groups",
+    "plot_basis",
+    "plot_kernels",
 ]

@@ -73,13 +73,14 @@ def test_without_triton_cuda_library_and_gpu() -> None:
 
 
 def test_importing_starts_nothing() -> None:
-    """Neither triton nor CUDA nor the CUDA library, which is there to be loaded."""
+    """Neither triton, matplotlib nor CUDA, nor the CUDA library, which is there to be loaded."""
     code = (
         "import sys, torch; torch.ops.load_library = lambda path: sys.exit(f'{path} was loaded'); "
-        "import hyperconv_ext; print('triton' in sys.modules, torch.cuda.is_initialized())"
+        "import hyperconv_ext; "
+        "print(*(name in sys.modules for name in ('triton', 'matplotlib')), torch.cuda.is_initialized())"
     )
     environment = _BARE | {"HYPERCONV_CUDA_LIBRARY": sys.executable}
-    assert _python("-c", code, **environment).split() == ["False", "False"]
+    assert _python("-c", code, **environment).split() == ["False"] * 3
 
 
 def test_environment_report() -> None:
