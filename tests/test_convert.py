@@ -30,6 +30,7 @@ from .converting import (
     quietly,
     reason,
 )
+from .test_fitting import best_error, smooth
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -361,6 +362,43 @@ def test_fit_keeps_the_function_and_reports_its_error() -> None:
     assert "fit_result" not in vars(model[0])
 
 
+def test_each_layer_gets_the_smallest_rank_for_an_error() -> None:
+    convs = [smooth(nn.Conv2d(12, 12, 5), sigma) for sigma in (1.0, 2.5)]
+    possible = [next(r for r in range(26) if best_error(conv, r) <= 0.3) for conv in convs]
+    others = [nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1), smooth(nn.Conv2d(2, 1, 5))]
+    model = nn.Sequential(*convs, *others)
+    torch.manual_seed(0)
+    report = quietly(model, init="fit", max_error=0.3)
+    for row, layer, least in zip(report.converted, convs, possible, strict=True):
+        assert least <= row.rank == layer.rank <= least + 1 and f"R={row.rank})" in str(report)  # type: ignore[operator]
+        assert row.error is not None and row.error <= 0.3
+    assert possible[0] > possible[1] + 1
+    assert [row.reason for row in report.left] == [
+        "its 3x3 kernel has 2.32k parameters, and would have 2.5k, for an error of at most 0.3",
+        "a 1x1 kernel has one tap, of which nothing can be saved",
+        "its 5x5 kernel has 51 parameters, and would have 342, for an error of at most 0.3",
+    ]
+
+
+def test_an_error_that_is_not_reached_is_told() -> None:
+    conv = nn.Conv2d(16, 16, 5)
+    with torch.no_grad():
+        conv.weight.copy_(of_rank(conv.weight, 4))
+    few = BasisTable((5, 5), 2)
+    text = reason(conv, init="fit", max_error=0.01, hypernet=few)
+    assert text.startswith("its least error, 0.") and text.endswith(" at rank 3, is above 0.01")
+    assert type(conv) is nn.Conv2d
+    quietly(conv, init="fit", max_error=0.01, hypernet=BasisTable((5, 5), 4))
+    assert conv.rank == 5  # of the function that was given, whatever others would need
+
+
+def test_an_error_decides_where_it_is_forced_to() -> None:
+    """With as many functions as taps, which saves nothing."""
+    conv = nn.Conv2d(8, 8, 3)
+    report = quietly(conv, init="fit", max_error=0.01, force=True)
+    assert report.converted[0].rank == 9 and report.converted[0].error <= 0.01  # type: ignore[operator]
+
+
 def test_match_keeps_the_size_of_the_kernels() -> None:
     conv = nn.Conv2d(32, 64, 3)
     with torch.no_grad():
@@ -398,6 +436,8 @@ def test_fit_into_a_larger_kernel() -> None:
 def test_fit_needs_numbers() -> None:
     with pytest.raises(ValueError, match="layer '0': conv: expected a weight to fit to"):
         quietly(nn.Sequential(nn.Conv2d(16, 16, 3, device="meta")), init="fit")
+    with pytest.raises(ValueError, match="layer '0': conv: expected a weight to fit to"):
+        quietly(nn.Sequential(nn.Conv2d(16, 16, 3, device="meta")), init="fit", max_error=0.1)
 
 
 def test_the_report() -> None:
@@ -461,6 +501,9 @@ def test_rich(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"in_channels": 3}, TypeError, "in_channels: expected a keyword of the layers"),
         ({"rank": 0}, ValueError, "layer '1': rank: expected"),
         ({"rank": 3, "num_features": 2}, TypeError, "layer '1': num_features"),
+        ({"max_error": 0.1}, TypeError, "max_error: expected it beside init='fit', got init='match'"),
+        ({"max_error": 0.1, "rank": 3, "init": "fit"}, TypeError, "max_error: .* beside rank=3"),
+        ({"max_error": -1.0, "init": "fit"}, ValueError, "max_error: expected a positive number"),
         ({"kernel_size": (3, 3, 3)}, ValueError, "layer '1': kernel_size: expected an integer or 2"),
         ({"kernel_size": lambda name, conv: "7"}, TypeError, "layer '1': kernel_size"),
         ({"activation": "none"}, ValueError, "layer '1': activation"),

@@ -308,7 +308,7 @@ def test_no_rank_is_enough() -> None:
     [
         ({"max_error": 0.1, "rank": 3}, TypeError, "max_error: expected to decide .* beside rank=3"),
         ({"max_error": 0.1, "num_features": 3}, TypeError, "max_error: .* beside num_features=3"),
-        ({"max_error": 0.1, "init": "match"}, TypeError, "max_error: .* beside init='match'"),
+        ({"max_error": 0.1, "init": "match"}, TypeError, "max_error: .* init='fit', got init='match'"),
         ({"max_error": 0.0}, ValueError, "max_error: expected a positive number, got 0.0"),
         ({"max_error": "low"}, TypeError, "max_error: expected a positive number, got 'low'"),
     ],

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from .. import modules
 from ..checks import check_bool, check_name
 from ..modules import HyperConvNd
+from ..modules.exchange import NotReached, check_sole, least_rank
 from .enlarge import enlarged
 from .padding import PaddedHyperConv1d, PaddedHyperConv2d, PaddedHyperConv3d
 from .report import (
@@ -49,6 +50,7 @@ def convert(
     inplace: bool = True,
     filter: Callable[[str, nn.Module], Any] | None = None,
     rank: int | None = None,
+    max_error: float | None = None,
     kernel_size: Size | Callable[[str, nn.Module], Size | None] | None = None,
     init: str = "match",
     force: bool = False,
@@ -83,6 +85,9 @@ def convert(
         inplace: change `model`; False changes a deep copy, `report.model`.
         filter: `filter(name, module)` is called for each convolution; one for which it is false stays.
         rank: R of every layer, that is `num_features` = R - 1 (R with `weight_bias=False`).
+        max_error: of `init='fit'`, in the place of `rank`: each layer gets the smallest rank at which
+            the error of its kernel is not above this. Where none is, or it does not pay at that rank,
+            the layer stays.
         kernel_size: enlarge kernels to this on the way, the padding with them, so that output sizes
             stay: one integer, one per axis, or a function of (name, module) that returns this, or None
             for no change. No axis shrinks. The cost of a hyper-convolution hardly depends on it. Where
@@ -111,7 +116,9 @@ def convert(
         check_bool(argument, value)
     _check_model(model)
     _check_options(hypernet_options)
-    plan = _Plan(filter, rank, kernel_size, init, force, hypernet_options)
+    if max_error is not None:
+        check_sole(max_error, rank, init, hypernet_options)
+    plan = _Plan(filter, rank, max_error, kernel_size, init, force, hypernet_options)
     with torch.inference_mode(False), torch.no_grad():
         model = model if inplace else copy.deepcopy(model)
         before = _parameters(model)
@@ -133,6 +140,7 @@ class _Plan(NamedTuple):
 
     filter: Callable[[str, nn.Module], Any] | None
     rank: int | None
+    max_error: float | None
     kernel_size: Any
     init: str
     force: bool
@@ -180,37 +188,55 @@ class _Plan(NamedTuple):
             options = options | {"hypernet": copy.deepcopy(options["hypernet"])}
         elif "hypernet" in options:
             options = options | {"hypernet": options["hypernet"](name, module)}
-        if not self.force:
-            self._check_gain(source, module, options)
-        return self._made(source, options, self.init)
+        return self._fitting(source, module, options)
 
-    def _check_gain(self, source: Source, module: Any, options: dict[str, Any]) -> None:
-        """Raise Left where the layer would have no fewer parameters, or no more taps than its rank."""
-        new = source.conv.kernel_size
-        taps = prod(new)
-        if taps == 1:
+    def _fitting(self, source: Source, module: Any, options: dict[str, Any]) -> HyperConvNd:
+        """The layer; Left where none reaches `max_error`, or where it does not pay."""
+        new, limit = source.conv.kernel_size, self.max_error
+        if prod(new) == 1 and not self.force:
             raise Left(f"a {times(new)} kernel has one tap, of which nothing can be saved")
-        meta = plain(source.conv, weight=_without_numbers(source.conv.weight))
-        layer = self._made(source._replace(conv=meta), options, "match")
-        if taps <= layer.rank:
-            raise Left(f"a kernel of {times(new)} has no more taps than the rank, {layer.rank}")
+        rank = self.rank if limit is None else least_rank(source.conv, limit, options)
+        if not self.force:  # before anything is fitted
+            meta = plain(source.conv, weight=_without_numbers(source.conv.weight))
+            drawn = _made(source._replace(conv=meta), options, rank=rank, init="match")
+            self._check_gain(source, module, drawn)
+        if limit is None:
+            return _made(source, options, rank=rank, init=self.init)
+        try:
+            layer = _made(source, options, max_error=limit)
+        except NotReached as reached:
+            best = reached.best
+            raise Left(
+                f"its least error, {best.error:.3g} at rank {best.rank}, is above {limit}"
+            ) from reached
+        if not self.force:
+            self._check_gain(source, module, layer)
+        return layer
+
+    def _check_gain(self, source: Source, module: Any, layer: HyperConvNd) -> None:
+        """Raise Left where `layer` has no fewer parameters, or no more taps than its rank."""
+        new = source.conv.kernel_size
+        limit = "" if self.max_error is None else f", for an error of at most {self.max_error}"
+        if prod(new) <= layer.rank:
+            raise Left(f"a kernel of {times(new)} has no more taps than the rank, {layer.rank}{limit}")
         parameters, old = _parameters(module), tuple(module.weight.shape[2:])
         if _parameters(layer) >= parameters:
             kind = "depthwise " if source.conv.groups == source.conv.in_channels > 1 else ""
             raise Left(
                 f"its {kind}{times(old)} kernel has {short(parameters)} parameters, and would have "
-                f"{short(_parameters(layer))}{'' if old == new else ' at ' + times(new)}"
+                f"{short(_parameters(layer))}{'' if old == new else ' at ' + times(new)}{limit}"
             )
 
-    def _made(self, source: Source, options: dict[str, Any], init: str) -> HyperConvNd:
-        conv = source.conv
-        kind = _layer_class(conv, source.padded)
-        layer = kind.from_conv(conv, rank=self.rank, init=init, **options)
-        if source.padded:
-            layer.input_padding = source.input_padding
-        if conv.bias is not None:
-            layer.bias = conv.bias
-        return layer
+
+def _made(source: Source, options: dict[str, Any], **how: Any) -> HyperConvNd:
+    """The hyper-convolution of these options; `how`: what `from_conv` is told beside them."""
+    conv = source.conv
+    layer = _layer_class(conv, source.padded).from_conv(conv, **how, **options)
+    if source.padded:
+        layer.input_padding = source.input_padding
+    if conv.bias is not None:
+        layer.bias = conv.bias
+    return layer
 
 
 def _layer_class(conv: Any, padded: bool) -> Any:

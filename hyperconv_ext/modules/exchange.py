@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from .base import HyperConvNd
 
 INITS = ("fit", "match")
+
+
+class NotReached(ValueError):  # noqa: N818  # of `max_error`
+    """No hyper-convolution that was fitted has an error as small as was asked for.
+
+    Attributes:
+        best: the least that there was.
+    """
+
+    def __init__(self, message: str, best: fitting.FitResult) -> None:
+        super().__init__(message)
+        self.best = best
+
+
 _SHARED = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -74,20 +88,15 @@ def from_conv(
     check_name("init", init, INITS)
     weight, bias = _checked(cls, conv)
     if max_error is not None:
-        _check_sole(max_error, rank, init, options)
+        check_sole(max_error, rank, init, options)
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
         make = partial(_drawn, cls, conv, weight, options)
         if init == "match":
             layer = make(rank)
             if not without_numbers(weight):
                 _match(layer, weight)
-        elif without_numbers(weight):
-            raise ValueError(
-                f"conv: expected a weight to fit to, got one without numbers on {weight.device}; "
-                f"materialise it first, or draw the layer with init='match'"
-            )
         else:
-            kernels = fitting.Kernels(weight)
+            kernels = _kernels(weight)
             attempt = partial(_fitted, make, kernels, options.get("hypernet") is None, progress)
             if max_error is None:
                 layer = attempt(rank)
@@ -104,6 +113,20 @@ def from_conv(
         layer.dims > 1 and layout.channels_last(weight) and layout.remembers_channels_last(weight.shape)
     )
     return layer.train(conv.training)
+
+
+def least_rank(conv: Any, max_error: float, options: dict[str, Any]) -> int | None:
+    """The first rank that `from_conv` tries for this error; None where a hypernet decides on it."""
+    return _ranks(_kernels(conv.weight), max_error, options)[0]
+
+
+def _kernels(weight: Tensor) -> fitting.Kernels:
+    if without_numbers(weight):
+        raise ValueError(
+            f"conv: expected a weight to fit to, got one without numbers on {weight.device}; "
+            f"materialise it first, or draw the layer with init='match'"
+        )
+    return fitting.Kernels(weight)
 
 
 def _drawn(
@@ -198,16 +221,18 @@ def _solve(layer: HyperConvNd, kernels: fitting.Kernels) -> None:
     overwrite(norm, "bias", means.to(norm.bias))
 
 
-def _check_sole(max_error: float, rank: int | None, init: str, options: dict[str, Any]) -> None:
+def check_sole(max_error: float, rank: int | None, init: str, options: dict[str, Any]) -> None:
     """Raise unless `max_error` is what decides on the rank."""
     positive_number("max_error", max_error)
     others = {"rank": rank, "num_features": options.get("num_features")}
     given = [f"{name}={value}" for name, value in others.items() if value is not None]
-    if given or init != "fit":
+    if given:
         raise TypeError(
-            f"max_error: expected to decide on the rank of a fit, got it beside "
-            f"{', '.join(given) or f'init={init!r}'}; leave one of them out"
+            f"max_error: expected to decide on the rank of a fit, got it beside {', '.join(given)}; "
+            f"leave one of them out"
         )
+    if init != "fit":
+        raise TypeError(f"max_error: expected it beside init='fit', got init={init!r}; pass init='fit'")
 
 
 def _ranks(kernels: fitting.Kernels, max_error: float, options: dict[str, Any]) -> Sequence[int | None]:
@@ -233,10 +258,11 @@ def _smallest(
     while not good(high):
         if high == len(ranks) - 1:
             best = min((layer.fit_result for layer in fits.values()), key=lambda result: result.error)
-            raise ValueError(
+            raise NotReached(
                 f"max_error: expected an error that this hyper-network reaches, got {max_error}; the "
                 f"least that it came to is {best.error:.3g} at rank {best.rank}, where the best kernels "
-                f"have {best.best_error:.3g}; allow more, widen hidden_features, or pass a BasisTable"
+                f"have {best.best_error:.3g}; allow more, widen hidden_features, or pass a BasisTable",
+                best,
             )
         low, high, stride = high, min(high + stride, len(ranks) - 1), 2 * stride
     while high - low > 1:
