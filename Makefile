@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test sweep oldest oldest-quick models bench wheel lint docs docs-check aot gpu gpu-quick clean
+.PHONY: setup test sweep oldest oldest-quick models bench experiments wheel lint docs docs-check aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
@@ -70,6 +70,16 @@ models: $(MODELS)/.ready $(ENGINE)
 
 bench: $(READY) $(ENGINE)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-quiet -q
+
+# The experiments of docs/experiments, hours; with QUICK=1 a first look at each, minutes. MNIST is the folder
+# of its four files. What is finished is not run again.
+MNIST ?=
+ON_MNIST := mnist_noise
+ON_OTHER_DATA := training_speed
+experiments: $(READY) $(ENGINE)
+	@test -d "$(MNIST)" || { echo "MNIST: expected the folder of its four idx .gz files, got '$(MNIST)'; pass MNIST=DIR"; exit 2; }
+	set -e; for name in $(ON_MNIST); do $(BIN)/python examples/$$name.py --mnist "$(MNIST)" $(if $(QUICK),--quick); done
+	set -e; for name in $(ON_OTHER_DATA); do $(BIN)/python examples/$$name.py $(if $(QUICK),--quick); done
 
 # One wheel with the engines that can be built here, in dist/. It installs where there is no compiler.
 wheel: $(READY)

@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,45 @@ def load_mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 def load_mnist(folder: Path) -> Data:
     """MNIST's 60,000 training and 10,000 held-out images."""
     return Data(*load_mnist_part(folder, "train"), *load_mnist_part(folder, "t10k"))
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images and labels of a run; the held-out ones are the last of MNIST's training file.
+
+    What is chosen by the accuracy on them leaves MNIST's test set untouched.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    @property
+    def checksum(self) -> str:
+        """Differs where the images or their labels do, except by chance."""
+        total = 0
+        for part in (self.train, self.train_labels, self.test, self.test_labels):
+            total = zlib.crc32(part.cpu().numpy().tobytes(), total)
+        return f"{total:08x}"
+
+
+@lru_cache(maxsize=1)
+def load_images(folder: Path, train: int, test: int, device: str) -> Images:
+    """The first `train` and the last `test` images of the training file in `folder`, once per process.
+
+    Raises:
+        FileNotFoundError, ValueError: from `load_mnist_part`.
+        ValueError: there are fewer images.
+    """
+    images, labels = load_mnist_part(folder, "train")
+    if train + test > len(labels):
+        raise ValueError(
+            f"{folder}: expected {train} + {test} images for training and testing, got {len(labels)}; "
+            f"lower --train or --test"
+        )
+    images, labels = images.to(device), labels.to(device)
+    return Images(images[:train], labels[:train], images[-test:], labels[-test:])
 
 
 def positive(text: str) -> int:

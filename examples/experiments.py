@@ -50,10 +50,16 @@ def add_experiment_options(
     option = parser.add_argument
     option("--epochs", type=positive, default=epochs, help="passes over the training examples")
     option("--seeds", type=positive, default=seeds, help="how many, from --seed on")
+    add_report_options(parser, name)
+    add_run_options(parser)
+
+
+def add_report_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """`--out`, by default the folder `name` in `results`, `--quick` and `--report-only`; see `parse`."""
+    option = parser.add_argument
     option("--out", type=Path, default=RESULTS / name, help="folder of the runs and of the report")
     option("--quick", action="store_true", help="a first look in two minutes, in a folder NAME-quick")
     option("--report-only", action="store_true", help="redraw from the stored runs")
-    add_run_options(parser)
 
 
 def parse(

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common import positive, prepare
+from common import load_images, positive, prepare
 from experiments import Runs, add_experiment_options, interruptible, parse
 from learning_report import Run, write_report
 from learning_trials import (
@@ -45,7 +45,6 @@ from learning_trials import (
     TWIN,
     Result,
     Trial,
-    load_images,
     run_trial,
     widest_kernel,
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import CLASSES, load_mnist_part
+from common import CLASSES, Images, load_images
 from hyperconv_ext import HyperConv2d, __version__
 
 PROTOCOL = 2  # of this file: counts up when the same settings would give other results
@@ -116,45 +115,6 @@ class Result:
     steps: list[int]
     losses: list[float]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images and labels of a run; the held-out ones are the last of MNIST's training file.
-
-    Rates are chosen by the accuracy on them, so MNIST's test set stays untouched.
-    """
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-
-    @property
-    def checksum(self) -> str:
-        """Differs where the images or their labels do, except by chance."""
-        total = 0
-        for part in (self.train, self.train_labels, self.test, self.test_labels):
-            total = zlib.crc32(part.cpu().numpy().tobytes(), total)
-        return f"{total:08x}"
-
-
-@lru_cache(maxsize=1)
-def load_images(folder: Path, train: int, test: int, device: str) -> Images:
-    """The first `train` and the last `test` images of the training file in `folder`, once per process.
-
-    Raises:
-        FileNotFoundError, ValueError: from `load_mnist_part`.
-        ValueError: there are fewer images.
-    """
-    images, labels = load_mnist_part(folder, "train")
-    if train + test > len(labels):
-        raise ValueError(
-            f"{folder}: expected {train} + {test} images for training and testing, got {len(labels)}; "
-            f"lower --train or --test"
-        )
-    images, labels = images.to(device), labels.to(device)
-    return Images(images[:train], labels[:train], images[-test:], labels[-test:])
 
 
 def widest_kernel(side: int) -> int:

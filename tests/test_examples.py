@@ -52,12 +52,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-def write_part(folder: Path, part: str, size: int) -> None:
+def write_part(folder: Path, part: str, size: int, side: int = SIDE) -> None:
     """Images that tell their label by the period of their stripes."""
     random = np.random.default_rng(size)
     labels = random.integers(0, 2, size, np.uint8)
-    stripes = np.arange(SIDE) // (1 + 2 * labels[:, None]) % 2
-    noise = random.integers(0, 56, (size, SIDE, SIDE))
+    stripes = np.arange(side) // (1 + 2 * labels[:, None]) % 2
+    noise = random.integers(0, 56, (size, side, side))
     images = (200 * stripes[:, None] + noise).astype(np.uint8)
     write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
     write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)

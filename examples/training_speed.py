@@ -1,0 +1,166 @@
+"""What training costs: ordinary convolutions, hyper-convolutions by the library, and by this package.
+
+    python examples/training_speed.py                     # minutes, on a machine that does nothing else
+
+The networks are those of `mnist_noise.py`. A step of each is timed in turn, so that whatever else the
+machine does meets all of them; the median counts, times the steps of an epoch. Memory is the most that a
+process of its own has needed beyond what it had before it built the network. The data are random: they
+decide neither. Every run is appended to OUT/runs.jsonl, and one that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import CLASSES, add_run_options, positive, prepare
+from experiments import Runs, add_report_options, interruptible, machine, parse, table, write_summary
+from hyperconv_ext import __version__
+from mnist_noise import build_network
+
+COMMAND = "python examples/training_speed.py"
+QUICK: dict[str, Any] = {"steps": 5}
+WARM_UP = 2
+CONV, REFERENCE, PACKAGE = NETWORKS = ("conv", "reference", "package")
+
+
+def make_step(name: str, trial: Mapping[str, Any]) -> Callable[[], None]:
+    """A step of training with Adam; the network stands where the trial says."""
+    device = trial["device"]
+    torch.manual_seed(trial["seed"])
+    kind = "conv" if name == CONV else "hyper"
+    network = build_network(kind, REFERENCE if name == REFERENCE else trial["backend"]).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    images = torch.rand(trial["batch_size"], 1, 28, 28, device=device)
+    labels = torch.randint(CLASSES, images.shape[:1], device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+def seconds_per_step(trial: Mapping[str, Any]) -> dict[str, float]:
+    """The median of each network, whose steps alternate."""
+    steps = {name: make_step(name, trial) for name in NETWORKS}
+    taken: dict[str, list[float]] = {name: [] for name in NETWORKS}
+    for count in tqdm(range(WARM_UP + trial["steps"]), desc="time", unit="round"):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if count >= WARM_UP:
+                taken[name].append(time.perf_counter() - start)
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+def peak_memory(name: str, trial: Mapping[str, Any], threads: int) -> int:
+    """Bytes that building and training need at most, in a process that has done nothing else.
+
+    On a GPU those that PyTorch's allocator gave out; on a CPU those that Linux counts as resident.
+    """
+    torch.set_num_threads(threads)
+    before = _resident("VmRSS")
+    step = make_step(name, trial)
+    for _ in range(WARM_UP):
+        step()
+    if trial["device"] != "cpu":
+        return torch.cuda.max_memory_allocated(trial["device"])
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def run_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds per step and bytes, by network."""
+    start = time.perf_counter()
+    memory = {}
+    for name in NETWORKS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory[name] = pool.submit(peak_memory, name, trial, torch.get_num_threads()).result()
+    steps = seconds_per_step(trial)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds_per_step": steps, "peak_memory": memory, "seconds": seconds}
+
+
+def write_report(runs: Runs, folder: Path) -> Path:
+    """A table a run."""
+    sections = ["# Training speed"]
+    for trial, result in runs:
+        labels = {CONV: "nn.Conv2d", REFERENCE: "HyperConv2d, backend 'reference'"}
+        labels[PACKAGE] = f"HyperConv2d, backend '{trial['backend']}'"
+        steps = -(-trial["train"] // trial["batch_size"])
+        seconds, memory = result["seconds_per_step"], result["peak_memory"]
+        rows = [
+            [
+                label,
+                f"{steps * seconds[name]:.0f}",
+                f"{seconds[name] / seconds[CONV]:.2f}",
+                f"{memory[name] / 2**20:.0f}",
+                f"{memory[name] / memory[CONV]:.2f}",
+            ]
+            for name, label in labels.items()
+        ]
+        sections += [
+            f"The classifier of the noise experiment, kernels of 5 by 5 taps, N = 16, weight norm, in "
+            f"channels_last: {trial['train']:,} images in batches of {trial['batch_size']}, the median "
+            f"of {trial['steps']} steps; device {trial['device']}, {trial['machine']}.",
+            table(["convolution", "s per epoch", "of nn.Conv2d", "peak MiB", "of nn.Conv2d"], rows),
+        ]
+    return write_summary(folder, "\n\n".join(sections), COMMAND)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Seconds per epoch and peak memory of a classifier, by convolution and backend.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--train", type=positive, default=55_000, help="images of an epoch")
+    option("--batch-size", type=positive, default=64, help="images per step")
+    option("--steps", type=positive, default=50, help="that are timed")
+    add_report_options(parser, "speed")
+    add_run_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure, unless that is stored, write the summary and return its path."""
+    parser = build_parser()
+    args = parse(parser, argv, QUICK)
+    prepare(args)
+    try:
+        runs = Runs(args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    trial = {name: getattr(args, name) for name in ("seed", "train", "batch_size", "steps", "backend")}
+    trial |= {"device": str(args.device), "machine": machine(), "version": __version__}
+    if not args.report_only and runs.get(trial) is None:
+        runs.add(trial, run_trial(trial))
+    if not len(runs):
+        parser.error(f"--report-only: expected a run in {runs.path}, found none; run without it first")
+    summary = write_report(runs, args.out)
+    print(summary.read_text(encoding="utf-8"))
+    return summary
+
+
+if __name__ == "__main__":
+    raise SystemExit(interruptible(main))
