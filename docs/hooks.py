@@ -26,6 +26,7 @@ _ELSEWHERE = (
 )
 _FONT = "STIXTwoMath-Regular.ttf"  # browsers need one with a MATH table, which few machines have
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+_INCLUDE = re.compile(r"^<!-- from (\S+) -->$", re.MULTILINE)
 _FIGURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*(assets/[\w-]+\.svg)" */?></p>')
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
@@ -46,10 +47,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """`markdown`, whose links between files of the repository lead to pages of the site."""
+    """`markdown` with what it includes; links between files lead to the pages of the site."""
     name = page.file.src_uri
     inside = (Path(config.docs_dir) / name).exists()
     here = posixpath.dirname(f"docs/{name}" if inside else name)
+
+    def included(match: re.Match[str]) -> str:
+        source = posixpath.normpath(posixpath.join(here, match[1]))
+        folder = posixpath.dirname(source)
+        _, _, text = (_ROOT / source).read_text(encoding="utf-8").partition("\n")
+        return _LINK.sub(
+            lambda link: posixpath.relpath(posixpath.join(folder, link[1]), here), text
+        )
 
     def on_site(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(here, match[1])).removeprefix(
@@ -57,7 +66,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         )
         return posixpath.relpath(target, posixpath.dirname(name) or ".")
 
-    return _LINK.sub(on_site, markdown)
+    return _LINK.sub(on_site, _INCLUDE.sub(included, markdown))
 
 
 def on_page_content(content: str, config: Any, **_: Any) -> str:

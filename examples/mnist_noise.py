@@ -251,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--noisy", type=positive, default=1_000, help="of these, at every level of noise")
     option("--batch-size", type=positive, default=64, help="images per step")
     option("--rate", type=float, default=1e-4, help="learning rate of Adam")
-    add_experiment_options(parser, "noise", epochs=2)
+    add_experiment_options(parser, "noise", epochs=6)
     return parser
 
 

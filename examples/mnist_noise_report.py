@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from experiments import HYPER, ORDINARY, PALETTE, STYLE, save_figure, table, write_summary
 
 COMMAND = "python examples/mnist_noise.py --mnist DIR"
+OPTIONS = ("epochs", "train", "test", "noisy", "batch_size", "rate")  # of SETTINGS, those of the command
 HALF = 0.5
 AXES = {
     "salt-and-pepper": "share of pixels replaced by salt or pepper",
@@ -50,7 +51,7 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "conv": {"clean": 0.991, "salt-and-pepper": 0.302, "gaussian": 0.480},
     "hyper": {"clean": 0.984, "salt-and-pepper": 0.426, "gaussian": 0.679},
 }
-SETTINGS = ("epochs", "train", "test", "noisy", "batch_size", "rate", "decay", "device", "backend")
+SETTINGS = (*OPTIONS, "decay", "data", "device", "backend")
 
 Stored = tuple[Mapping[str, Any], Mapping[str, Any]]
 Curves = dict[
@@ -156,6 +157,11 @@ def draw(curves: Curves, levels: Sequence[float], quick: bool) -> Figure:
     return figure
 
 
+def flags(settings: Mapping[str, Any]) -> str:
+    """The options that repeat a run with these settings."""
+    return " ".join(f"--{name.replace('_', '-')} {settings[name]:g}" for name in OPTIONS)
+
+
 def write_report(
     runs: Sequence[Stored], levels: Sequence[float], folder: Path, quick: bool
 ) -> list[Path]:
@@ -170,8 +176,7 @@ def write_report(
             files += save_figure(draw(curves, levels, quick), folder, name)
         told = dict(zip(SETTINGS, settings, strict=True))
         sections += [
-            f"Trained for {told['epochs']} epochs on {told['train']:,} images, in batches of "
-            f"{told['batch_size']}, by Adam at {told['rate']:g} with weight decay {told['decay']:g}; "
+            f"With `{flags(told)}`, by Adam with weight decay {told['decay']:g}; "
             f"device {told['device']}, backend {told['backend']}. Clean: accuracy on {told['test']:,} "
             f"held-out images. Salt-and-pepper, Gaussian: the share of pixels, and the deviation, "
             f"at which {HALF:.0%} of the first {told['noisy']:,} of these are right. Mean ± standard "

@@ -54,6 +54,7 @@ def test_all_networks_are_trained_measured_and_reported(
     assert "Quick look" in summary
     assert summary.count("| 1 |") == len(curves)  # a seed each
     assert "no run" not in summary
+    assert "`--epochs 1 --train 32 --test 16 --noisy 8 --batch-size 16 --rate 0.001`" in summary
     monkeypatch.setattr(noise, "run_trial", None)  # what is stored is not run again
     assert noise.main(options(tmp_path)) == files
     assert noise.main(["--report-only", "--quick", "--out", str(tmp_path / "out")]) == files
