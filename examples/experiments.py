@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import add_run_options, positive
+from common import add_run_options, positive, prepare
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
@@ -274,6 +276,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 
 
+def plot_band(
+    axes: Axes, positions: Sequence[float], curves: Sequence[Sequence[float]], **look: Any
+) -> None:
+    """The mean of curves of the same positions, and a band from the lowest to the highest of them."""
+    columns = list(zip(*curves, strict=True))
+    (line,) = axes.plot(positions, [fmean(column) for column in columns], **look)
+    band = [min(column) for column in columns], [max(column) for column in columns]
+    axes.fill_between(positions, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """`mean ± standard deviation` of the values themselves, for people; the value, if it is one."""
+    spread = f" ± {pstdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
+
+
 def write_summary(folder: Path, text: str, command: str) -> Path:
     """FOLDER/summary.md: `text`, and after its first line, the title, what made it, where and how long.
 
@@ -290,3 +308,42 @@ def write_summary(folder: Path, text: str, command: str) -> Path:
     path = folder / "summary.md"
     path.write_text(f"{title}\n\n{made}\n\n{rest.strip()}\n", encoding="utf-8")
     return path
+
+
+Trial = Mapping[str, Any]
+Plan = tuple[Sequence[Trial], Callable[[Trial, Checkpoint], Mapping[str, Any]]]
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    plan: Callable[[argparse.Namespace], Plan],
+    report: Callable[[Runs, Path], list[Path]],
+) -> list[Path]:
+    """An experiment of independent trials: run those that are not stored yet, then report on all.
+
+    Args:
+        parser: says what is wrong with the options, and exits.
+        args: its namespace, with the options of `add_experiment_options`.
+        plan: the trials, and what runs one; not called with `--report-only`.
+        report: writes its files for the stored runs into a folder.
+
+    Returns:
+        The report's files.
+    """
+    prepare(args)
+    try:
+        stored = Runs(args.out)
+        planned = None if args.report_only else plan(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if planned is not None:
+        trials, run = planned
+        for trial in trials:
+            if stored.get(trial) is None:
+                stored.add(trial, run(trial, stored.checkpoint(trial)))
+    if not len(stored):
+        parser.error(f"--report-only: expected runs in {stored.path}, found none; run without it first")
+    files = report(stored, args.out)
+    print(*files, sep="\n")
+    return files
