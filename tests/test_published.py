@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperconv_ext import HyperConv2d
+from hyperconv_ext import HyperConv2d, materialize
 
 
 class InTorch(nn.Module):
@@ -25,6 +25,7 @@ class InTorch(nn.Module):
         norm: bool = True,
         bias: bool = False,
         widths: tuple[int, ...] = (2, 16, 16, 4),
+        slope: float = 0.1,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -32,7 +33,7 @@ class InTorch(nn.Module):
         self.register_buffer("pos", torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None])
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            layers += [nn.Conv2d(inputs, outputs, 1), nn.LeakyReLU(0.1)]
+            layers += [nn.Conv2d(inputs, outputs, 1), nn.LeakyReLU(slope)]
         kernels = channels[0] * channels[1]
         layers.append(nn.Conv2d(widths[-1], kernels, 1, bias=bias))
         if norm:
@@ -90,6 +91,78 @@ def test_in_torch_with_a_norm(size: tuple[int, int]) -> None:
     check(kept, net.eval())
     assert not torch.allclose(own.weight, kept.weight, rtol=0.1)
     assert not any("running" in name for name in kept.state_dict())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_another_slope(norm: bool) -> None:
+    """That of `nn.LeakyReLU` as it is, which no state holds."""
+    net = trained(InTorch((6, 4), (3, 3), norm=norm, slope=0.01)).eval()
+    options: dict[str, Any] = {"in_channels": 4, "padding": 1}
+    layer = HyperConv2d.load_published(net.state_dict(), negative_slope=0.01, **options)
+    check(layer, net)
+    steep = HyperConv2d.load_published(net.state_dict(), **options)
+    assert not torch.allclose(steep.weight, layer.weight, rtol=1e-2)
+    layer(torch.randn(1, 4, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert "negative_slope=0.01" in repr(layer)
+    wide = layer.with_kernel_size(5)
+    torch.testing.assert_close(
+        layer.hypernet(layer.taps), wide.hypernet(wide.taps)[[6, 7, 8, 11, 12, 13, 16, 17, 18]]
+    )
+    twin = HyperConv2d.load_published(net.double().state_dict(), negative_slope=0.01, **options)
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
+    torch.testing.assert_close(twin.weight.float(), layer.weight.detach().clone())
+
+
+class Classifier(nn.Module):
+    """Images `[B, 1, 28, 28]` -> 10 scores; `make(inputs, outputs, kernel size)` makes a convolution."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = make(1, 8, 5), make(8, 16, 3)
+        self.norm1, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(16)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.max_pool2d(F.relu(self.norm1(self.conv1(images))), 4)
+        return self.last(F.relu(self.norm2(self.conv2(hidden))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_trained_classifier(keeps: bool) -> None:
+    """The same scores from its checkpoint, layer by layer, and from convolutions made of those.
+
+    With the norms' statistics the kernels are those of evaluation, without them those of training.
+    """
+    torch.manual_seed(0)
+    net = Classifier(lambda inputs, outputs, size: InTorch((outputs, inputs), (size, size)))
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+    labels = torch.arange(40) % 10
+    images = torch.randn(10, 1, 28, 28)[labels] + 0.5 * torch.randn(40, 1, 28, 28)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(net(images), labels))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    state = {n: v for n, v in net.state_dict().items() if keeps or "main.7.running" not in n}
+    loaded = Classifier(lambda inputs, outputs, size: nn.Identity())
+    rest = {name: value for name, value in state.items() if not name.startswith("conv")}
+    loaded.load_state_dict(rest)
+    for name, inputs in (("conv1", 1), ("conv2", 8)):
+        layer = HyperConv2d.load_published(state, f"{name}.", in_channels=inputs, padding=1)
+        setattr(loaded, name, layer)
+    for training in (True, False):
+        for model in (net, loaded):
+            model.train(training)
+        for conv in (net.conv1, net.conv2):
+            conv.train(not keeps)  # its norm: by the statistics of the state, or of the kernel
+        expected = copy.deepcopy(net)(images)
+        torch.testing.assert_close(copy.deepcopy(loaded)(images), expected, rtol=1e-4, atol=1e-4)
+        plain = materialize(copy.deepcopy(loaded))
+        assert type(plain.conv1) is type(plain.conv2) is nn.Conv2d
+        torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_it_goes_on_training_as_it_would_have() -> None:
@@ -237,6 +310,7 @@ SHORT = {name: value for name, value in MARKS.items() if "main.4" not in name}
             {"in_channels": 4, "out_channels": 12},
             "in_channels, out_channels: expected .*channels=12",
         ),
+        (MARKS, {"in_channels": 4, "negative_slope": 0.0}, "negative_slope: expected a positive number"),
         (MARKS, {"in_channels": 0}, "in_channels: expected an integer of at least 1, got 0"),
         (
             MARKS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,7 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
-from hyperconv_ext import HyperConv2d, HyperConvTranspose3d, functional
+from hyperconv_ext import (
+    CoordinateMLP,
+    HyperConv2d,
+    HyperConvTranspose2d,
+    HyperConvTranspose3d,
+    LazyHyperConvTranspose2d,
+    convert,
+    functional,
+)
 from hyperconv_ext.modules.base import PARAMETRIZATIONS
 from hyperconv_ext.ops import coordinates
 from hyperconv_ext.taps import tap_coordinates
@@ -313,6 +322,14 @@ def test_weight_and_reset_of_sharded_parameters(options: dict, placement, mesh: 
     assert not torch.equal(after, before) and after.std() > 0.5 * before.std()
 
 
+def test_a_sharded_convolution_is_converted_before(mesh: DeviceMesh) -> None:
+    conv = distribute_module(nn.Conv2d(3, 4, 3), mesh)
+    with pytest.raises(TypeError, match="conv: expected a plain weight, got a DTensor; make the layer"):
+        HyperConv2d.from_conv(conv)
+    (row,) = convert(conv, progress=False, force=True).layers
+    assert row.reason == "its weight is a DTensor; convert before it is sharded or quantised"
+
+
 def test_traced_coordinates_follow_the_module(device) -> None:
     """No device is written into the trace."""
     layer = HyperConv2d(3, 4, 3, backend="reference", device=device).eval()
@@ -363,6 +380,49 @@ def test_spacing_survives_a_state_without_numbers() -> None:
     state = {name: value.to("meta") for name, value in wide.state_dict().items()}
     wide.load_state_dict(state, assign=True)
     assert wide.tap_spacing == (2, 2)
+
+
+def _with_gain(gain: float, **options) -> HyperConv2d:
+    return HyperConv2d(3, 4, 3, hypernet=CoordinateMLP(2, weight_gain=gain), **options)
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_the_gain_of_the_hypernetwork_is_loaded(parametrization: str, tmp_path: Path) -> None:
+    """Without an entry, by which loaders that look for parameters would stumble."""
+    options = {"parametrization": parametrization}
+    usual = HyperConv2d(3, 4, 3, **options, activation="sine")
+    layer, other = _with_gain(0.3, **options), _with_gain(0.7, **options)
+    assert layer.state_dict().keys() == usual.state_dict().keys()
+    usual_gain = usual.hypernet.weight_gain
+    for source, target, gain in ((layer, other, 0.3), (usual, layer, usual_gain), (other, usual, 0.3)):
+        torch.save(nn.Sequential(source).state_dict(), tmp_path / "state.pt")
+        nn.Sequential(target).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert target.hypernet.weight_gain == gain
+        assert torch.equal(target.weight, source.weight)
+
+
+def test_a_lazy_layer_takes_the_gain_of_a_state() -> None:
+    layer = HyperConvTranspose2d(3, 4, 3, hypernet=CoordinateMLP(2, weight_gain=0.3))
+    lazy = LazyHyperConvTranspose2d(4, 3)
+    lazy.load_state_dict(layer.state_dict())
+    assert torch.equal(lazy.weight, layer.weight)
+
+
+def test_states_that_do_not_tell_of_a_gain() -> None:
+    """Of earlier versions, and of tensors alone; or of another part of the layer."""
+    layer, target = _with_gain(0.3), _with_gain(0.3)
+    target.load_state_dict(dict(layer.state_dict()))
+    assert torch.equal(target.weight, layer.weight)
+    earlier = layer.state_dict()
+    del earlier._metadata["hypernet"]["weight_gain"]  # type: ignore[attr-defined]
+    target.load_state_dict(earlier)
+    assert torch.equal(target.weight, layer.weight)
+    part = HyperConv2d(3, 4, 3).state_dict()
+    for name in list(part):
+        if name.startswith("hypernet"):
+            del part[name]
+    target.load_state_dict(part, strict=False)
+    assert target.hypernet.weight_gain == 0.3
 
 
 def test_a_given_mlp_keeps_its_parameters() -> None:

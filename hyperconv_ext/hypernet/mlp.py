@@ -111,7 +111,9 @@ class CoordinateMLP(nn.Module):
         weight_gain: a constant factor on all weights and biases. They are drawn 1 / weight_gain times as
             large, so that the features start as they would without it, and a step of gradient descent
             moves the function weight_gain^2 times as far, one of Adam weight_gain times (the
-            "equalized learning rate" of Karras et al., ICLR 2018).
+            "equalized learning rate" of Karras et al., ICLR 2018). `load_state_dict` takes over the
+            gain of the network that was saved, which a `state_dict()` has in its metadata. Files of
+            tensors alone, as of safetensors, lose it: load them into a network of the same gain.
         init: `'uniform'`, as Sitzmann et al. (NeurIPS 2020) draw networks of sines: first layer by
             `frequency`, then +- sqrt(6 / inputs), with phases all around the circle (for other
             activations, with bends all over the kernel); or `'he_normal'`, biases zero, as the
@@ -283,6 +285,20 @@ class CoordinateMLP(nn.Module):
         weight = _AMPLITUDE / self.weight_gain * mixture @ white
         for name, value in (("weight", weight), ("bias", -weight @ mean)):
             overwrite(last, name, value.to(whole(getattr(last, name))))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(
+            destination, "_metadata"
+        ):  # beside nn.Module's version: no entry that loaders stumble over
+            destination._metadata[prefix[:-1]]["weight_gain"] = self.weight_gain
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if f"{prefix}layers.0.weight" in state_dict:
+            self.weight_gain = local_metadata.get("weight_gain", self.weight_gain)
 
     def extra_repr(self) -> str:
         """The activation and the gain, for `repr`."""

@@ -260,11 +260,12 @@ class HyperConv2d(_HyperConv):
         in_channels: int | None = None,
         out_channels: int | None = None,
         kernel_size: int | Sequence[int] | None = None,
+        negative_slope: float = 0.1,
         **options: Any,
     ) -> "HyperConv2d":
         """A layer with the kernel of a published hyper-convolution, from that one's checkpoint.
 
-        Both are 1x1 convolutions of the coordinates, each but the last with LeakyReLU(0.1) after it:
+        Both are 1x1 convolutions of the coordinates, each but the last with a LeakyReLU after it:
 
         - `'mkarmann'` (github.com/mkarmann/hyper-conv, PyTorch): `main.0`, `main.2`, ... and the
           coordinates `pos` `[1, 2, kh, kw]`; outputs in the order (C_out, C_in). A BatchNorm2d after
@@ -283,6 +284,9 @@ class HyperConv2d(_HyperConv):
             layout: `'mkarmann'` or `'tym002'`.
             in_channels, out_channels: at least one of them: a state holds only their product.
             kernel_size: required if there is no `pos` in the state.
+            negative_slope: of the LeakyReLU, which no state holds. Both networks have 0.1 as they were
+                published; one with `nn.LeakyReLU()` as it is has 0.01. The engines evaluate 0.1 alone:
+                another slope makes a `hypernet` that is called as a module.
             options: other arguments of the constructor: `stride`, `padding`, `dilation`, `groups`,
                 `padding_mode`, `device`, `dtype` (by default those of the state), `backend`,
                 `algorithm`. Keras pads `'same'` with a stride above 1 by less in front than behind,
@@ -291,7 +295,7 @@ class HyperConv2d(_HyperConv):
         Raises:
             TypeError, ValueError: an argument is out of range, or the state holds something else.
         """
-        arguments = (in_channels, out_channels, kernel_size, options)
+        arguments = (in_channels, out_channels, kernel_size, negative_slope, options)
         layer = published.load_published(cls, state_dict, prefix, layout, *arguments)
         return layer  # type: ignore[return-value]
 

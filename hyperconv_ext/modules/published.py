@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_groups, check_name, integer, per_axis
+from ..backends.reference import LEAKY_SLOPE
+from ..checks import check_groups, check_name, integer, per_axis, positive_number
+from ..hypernet import MLPLayer
 from ..taps import COORDINATES, tap_coordinates
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ class _Network(NamedTuple):
     """A published hyper-network, with one output for each of C_out * C_in kernels.
 
     Attributes:
-        hidden: the linear layers but the last, each with LeakyReLU(0.1) after it.
+        hidden: the linear layers but the last, each with a LeakyReLU after it.
         last: the last one, whose outputs are the kernels.
         norm: of nn.BatchNorm2d over the taps: weight, bias, and the statistics kept for evaluation if
             there are any; empty without a norm.
@@ -47,10 +50,12 @@ def load_published(
     in_channels: int | None,
     out_channels: int | None,
     kernel_size: Any,
+    negative_slope: float,
     options: dict[str, Any],
 ) -> HyperConvNd:
     """See `HyperConv2d.load_published`."""
     check_name("layout", layout, tuple(_LAYOUTS))
+    slope = positive_number("negative_slope", negative_slope)
     entries = {
         name.removeprefix(prefix): torch.as_tensor(value).detach()
         for name, value in state_dict.items()
@@ -69,11 +74,14 @@ def load_published(
     groups = check_groups(options.get("groups", 1))
     shape = _shape(kernels, in_channels, out_channels, groups)
     coordinates, first = _placed(network, size)
+    where = {name: options.pop(name, getattr(weights[-1], name)) for name in ("device", "dtype")}
     layer = cls(
         shape[1] * groups,
         shape[0],
         size,
-        **{"device": weights[-1].device, "dtype": weights[-1].dtype, **options},
+        **where,
+        **options,
+        hypernet=None if slope == LEAKY_SLOPE else LeakyMLP(widths, slope, **where),
         bias=False,
         hidden_features=widths[1:-1],
         num_features=widths[-1],
@@ -86,6 +94,36 @@ def load_published(
     hidden = [first, *network.hidden[1:]]
     layer.load_state_dict(_renamed(network._replace(hidden=hidden), shape))
     return layer
+
+
+class LeakyMLP(nn.Module):
+    """The hidden layers of a published hyper-network whose LeakyReLU has another slope than 0.1.
+
+    It is called as the module it is: the engines evaluate a `CoordinateMLP` only.
+
+    Args:
+        widths: (D, hidden features..., N).
+        negative_slope: of the LeakyReLU after every layer.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, widths: list[int], negative_slope: float, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.negative_slope = negative_slope
+        pairs = pairwise(widths)
+        self.layers = nn.ModuleList([MLPLayer(*pair, None, 0.0, device, dtype) for pair in pairs])
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Features `[K, N]` at `coordinates` `[K, D]`, in float32 at least."""
+        hidden = coordinates
+        for layer in self.layers:
+            hidden = layer(hidden)
+            hidden = torch.where(hidden > 0, hidden, self.negative_slope * hidden)
+        return hidden
+
+    def extra_repr(self) -> str:
+        """The slope, for `repr`."""
+        return f"negative_slope={self.negative_slope}"
 
 
 def _renamed(network: _Network, shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "center
 # smooth over all of a large kernel, though, see no detail.
 _PER_FUNCTION, _PER_TAP = 0.65, 1.0
 # weight_gain^2 C_out: in a step of gradient descent the hyper-network then moves W by at most about what
-# the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. No state
-# holds the gain, so it may depend on the number of channels, as shapes do, but not on the kernel size.
+# the coefficients do. Its part is coherent over all kernels, so that it would grow with C_out. Files of
+# tensors do not hold the gain, so it may depend on channels, as shapes do, but not on the kernel size.
 _SHARE = 0.25
 # The answer to white noise is (functions / taps)^0.25 times nn.ConvNd's, but no less than the second
 # number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
