@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config, metrics
+from torch._inductor.async_compile import AsyncCompile
 
 from hyperconv_ext import HyperConv2d, HyperConvTranspose2d
 from hyperconv_ext.taps import tap_coordinates
@@ -92,6 +94,43 @@ def test_no_more_graphs_than_of_conv2d(scenario: Callable, backend: str, device,
     expected = _graphs(_network(nn.Conv2d, nn.ConvTranspose2d, device), scenario, device)
     kinds = (partial(kind, backend=backend) for kind in (HyperConv2d, HyperConvTranspose2d))
     assert 0 < _graphs(_network(*kinds, device), scenario, device) <= expected
+
+
+class Residual(nn.Module):
+    def __init__(self, conv: Any, device: torch.device) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([conv(16, 16, 3, padding=1, device=device) for _ in range(4)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16, device=device) for _ in range(4)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            hidden = torch.relu(norm(conv(hidden)) + (hidden if index % 2 else 0))
+        return hidden
+
+
+def _kernels(conv: Any, training: bool, device: torch.device) -> int:
+    """How many Inductor generates around the convolutions, which it spends most of its time on."""
+    torch._dynamo.reset()
+    metrics.reset()
+    network = Residual(conv, device).train(training)
+    with torch.set_grad_enabled(training):
+        output = torch.compile(network, fullgraph=True)(torch.randn(2, 16, 8, 8, device=device))
+    if training:
+        output.sum().backward()
+    return metrics.generated_kernel_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_about_as_many_kernels_as_of_conv2d(
+    training: bool, device, compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for a CPU are counted and not compiled, which would take a minute."""
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda self, *_: lambda *_: None)
+    with config.patch(force_disable_caches=True):
+        expected = _kernels(nn.Conv2d, training, device)
+        assert 0 < _kernels(HyperConv2d, training, device) <= 1.1 * expected
 
 
 @every_backend
