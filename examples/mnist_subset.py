@@ -104,8 +104,8 @@ def train_classifier(
 def setting(trial: Mapping[str, Any], seeds: int) -> str:
     """What was trained, in a sentence for the summary."""
     epochs = f"{trial['epochs']} epoch{'s' * (trial['epochs'] > 1)}"
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return (
         f"{trial['train']:,} images of MNIST, {epochs} of Adam at {trial['rate']:g}, batches of "
-        f"{trial['batch_size']}; {trial['test']:,} held-out images. Mean ± standard deviation over "
-        f"{seeds} seed{'s' * (seeds > 1)}."
+        f"{trial['batch_size']}; {trial['test']:,} held-out images; {spread}."
     )
