@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import CLASSES, Images, load_images, positive, prepare
-from experiments import Runs, add_experiment_options, interruptible, parse, train
+from common import CLASSES, Images, load_images, positive
+from experiments import Checkpoint, Plan, add_experiment_options, carry_out, interruptible, parse, train
 from hyperconv_ext import HyperConv2d, __version__
 from mnist_noise_report import write_report
 
@@ -185,7 +185,7 @@ def smooth(network: nn.Module, deviation: float, images: Tensor) -> nn.Module:
     return smoothed
 
 
-def run_trial(trial: Mapping[str, Any], images: Images, runs: Runs) -> dict[str, Any]:
+def run_trial(trial: Mapping[str, Any], images: Images, checkpoint: Checkpoint) -> dict[str, Any]:
     """Train a network and measure it, and if it is the ordinary one, what smoothing makes of it."""
     torch.manual_seed(trial["seed"])
     network = build_network(trial["kind"], trial["backend"]).to(images.train.device)
@@ -204,7 +204,7 @@ def run_trial(trial: Mapping[str, Any], images: Images, runs: Runs) -> dict[str,
         batch_size=trial["batch_size"],
         epochs=trial["epochs"],
         seed=trial["seed"],
-        checkpoint=runs.checkpoint(trial),
+        checkpoint=checkpoint,
         label=label,
     )
     start = time.perf_counter()
@@ -218,8 +218,13 @@ def run_trial(trial: Mapping[str, Any], images: Images, runs: Runs) -> dict[str,
     return {"curves": curves, "losses": losses, "parameters": parameters, "seconds": round(seconds, 1)}
 
 
-def plan_trials(args: argparse.Namespace, images: Images) -> list[dict[str, Any]]:
-    """Everything that decides a run; all kinds with a seed before the next seed."""
+def plan(args: argparse.Namespace) -> Plan:
+    """Everything that decides a run; all kinds with a seed before the next seed.
+
+    Raises:
+        FileNotFoundError, ValueError: from `load_images`.
+    """
+    images = load_images(args.mnist, args.train, args.test, str(args.device))
     fixed = {
         "epochs": args.epochs,
         "train": args.train,
@@ -234,7 +239,8 @@ def plan_trials(args: argparse.Namespace, images: Images) -> list[dict[str, Any]
         "version": __version__,
     }
     seeds = range(args.seed, args.seed + args.seeds)
-    return [{"kind": kind, "seed": seed, **fixed} for seed in seeds for kind in args.kinds]
+    trials = [{"kind": kind, "seed": seed, **fixed} for seed in seeds for kind in args.kinds]
+    return trials, lambda trial, checkpoint: run_trial(trial, images, checkpoint)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -263,23 +269,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         parser.error("--mnist: expected the folder of MNIST's files, got none; or --report-only")
     if args.noisy > args.test:
         parser.error(f"--noisy: expected at most the {args.test} held-out images, got {args.noisy}")
-    prepare(args)
-    trials: list[dict[str, Any]] = []
-    try:
-        runs = Runs(args.out)
-        if not args.report_only:
-            images = load_images(args.mnist, args.train, args.test, str(args.device))
-            trials = plan_trials(args, images)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    for trial in trials:
-        if runs.get(trial) is None:
-            runs.add(trial, run_trial(trial, images, runs))
-    if not len(runs):
-        parser.error(f"--report-only: expected runs in {runs.path}, found none; run without it first")
-    files = write_report(list(runs), LEVELS, args.out, args.quick)
-    print(*files, sep="\n")
-    return files
+    return carry_out(
+        parser,
+        args,
+        plan,
+        lambda runs, folder: write_report(list(runs), LEVELS, folder, args.quick),
+    )
 
 
 if __name__ == "__main__":

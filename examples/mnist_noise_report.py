@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import HYPER, ORDINARY, PALETTE, STYLE, save_figure, table, write_summary
+from experiments import (
+    HYPER,
+    ORDINARY,
+    PALETTE,
+    STYLE,
+    mean_and_deviation,
+    plot_band,
+    save_figure,
+    table,
+    write_summary,
+)
 
 COMMAND = "python examples/mnist_noise.py --mnist DIR"
 OPTIONS = ("epochs", "train", "test", "noisy", "batch_size", "rate")  # of SETTINGS, those of the command
@@ -84,12 +93,6 @@ def collect(runs: Iterable[Stored]) -> dict[tuple[Any, ...], Curves]:
     return groups
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds; the value alone if there is one."""
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
-
-
 def crossings(
     measured: Mapping[int, Mapping[str, Any]], noise: str, levels: Sequence[float]
 ) -> dict[int, float]:
@@ -106,8 +109,14 @@ def results_table(curves: Curves, levels: Sequence[float]) -> str:
             continue
         measured = curves[network]
         published = PUBLISHED.get(network, {})
-        row = [look.label, str(len(measured)), spread([one["clean"] for one in measured.values()], 4)]
-        row += [spread(list(crossings(measured, noise, levels).values())) for noise in AXES]
+        row = [
+            look.label,
+            str(len(measured)),
+            mean_and_deviation([one["clean"] for one in measured.values()], 3),
+        ]
+        row += [
+            mean_and_deviation(list(crossings(measured, noise, levels).values()), 3) for noise in AXES
+        ]
         rows.append(
             [*row, *(f"{published[name]:.3f}" if published else "" for name in ("clean", *AXES))]
         )
@@ -123,7 +132,7 @@ def contrasts_table(curves: Curves, levels: Sequence[float]) -> str:
         for noise in AXES:
             more, less = (crossings(curves.get(name, {}), noise, levels) for name in (network, other))
             paired = [more[seed] - less[seed] for seed in more if seed in less]
-            row.append(spread(paired) if paired else "no run")
+            row.append(mean_and_deviation(paired, 3) if paired else "no run")
         rows.append(row)
     return table(["what differs", "network", "less that of", "salt-and-pepper", "Gaussian"], rows)
 
@@ -137,11 +146,7 @@ def draw(curves: Curves, levels: Sequence[float], quick: bool) -> Figure:
             if network not in curves:
                 continue
             seeds = [[100 * value for value in one[noise]] for one in curves[network].values()]
-            columns = list(zip(*seeds, strict=True))
-            style: Any = {"color": look.color, "linestyle": look.line, "label": look.label}
-            panel.plot(levels, [fmean(column) for column in columns], **style)
-            low, high = ([pick(column) for column in columns] for pick in (min, max))
-            panel.fill_between(levels, low, high, color=look.color, alpha=0.15, linewidth=0)
+            plot_band(panel, levels, seeds, color=look.color, linestyle=look.line, label=look.label)
             if network in PUBLISHED:
                 mark: Any = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
                 mark |= {"color": look.color, "label": f"{look.label}: published"}
