@@ -29,7 +29,7 @@ COMMON = [
     "-fvisibility=hidden",
     "-fno-strict-aliasing",
     "-ffp-contract=off",
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"),
     "-DHYPERCONV_HOST_RUNTIME",
 ]
 BINDING = [
@@ -89,7 +89,8 @@ def library(
     headers = sorted([*RUNTIME.glob("*.h"), *sources.glob("*.cuh"), *sources.glob("*.h")])
     # Not where the sources are: a copy of them is compiled where it differs.
     common = _digest([COMPILER, *own, *key], headers)
-    compiled = {path: _digest([common], [path]) for path in [*files, RUNTIME / "runtime.cpp"]}
+    runtime = [RUNTIME / f"{name}.cpp" for name in ("runtime", "asynchronous", "warpgroup")]
+    compiled = {path: _digest([common], [path]) for path in [*files, *runtime]}
     linked = _digest([*compiled.values(), *libraries], [])
     target = BUILDS / f"{variant}-{linked}" / name
     if target.exists():

@@ -19,13 +19,14 @@
 
 #ifdef HYPERCONV_HOST_ASSEMBLY
 // Saves the registers that a call preserves and the stack pointer, and takes on another fiber's. It ends
-// with a jump, not a return: where it goes is where it went last time, which a processor predicts.
+// with a jump, not a return: where it goes is where it went last time, which a processor predicts. Weak, for
+// every file that includes this has it.
 extern "C" __attribute__((visibility("hidden"))) void hyperconv_host_switch(void** from, void* to);
 asm(R"(
   .pushsection .text
   .p2align 4
   .hidden hyperconv_host_switch
-  .globl hyperconv_host_switch
+  .weak hyperconv_host_switch
   .type hyperconv_host_switch, @function
 hyperconv_host_switch:
   pushq %rbp

@@ -6,25 +6,27 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <sstream>
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
-#include "cuda_runtime.h"
-#include "fiber.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace hyperconv_host {
+
+Random rng(0);
+Block block;
+bool eager;
+
 namespace {
 
 // Of an H100, as of every GPU since sm_70 except for the shared memory.
@@ -32,96 +34,10 @@ constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;
 constexpr unsigned kThreadsAtMost = 1024, kBlockAtMost[3] = {1024, 1024, 64};
 constexpr unsigned kGridAtMost[3] = {0x7fffffff, 65535, 65535};
 
-template <typename... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
-}
-
-const char* base_name(const char* path) {
-  const char* slash = std::strrchr(path, '/');
-  return slash == nullptr ? path : slash + 1;
-}
-
-bool same(Site a, Site b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
-}
-
-std::string describe(Site site) { return text(base_name(site.file), ":", site.line); }
-
-// splitmix64
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t z = state_ += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return z ^ z >> 31;
-  }
-  size_t below(size_t n) { return next() % n; }
-
- private:
-  uint64_t state_;
-};
-
-// One lane's part in a collective; which of the pointers mean what is the collective's business.
-struct Operands {
-  const void *first, *second;
-  void* result;
-};
-struct Thread;
-
-struct Collective {
-  const char* name;
-  void (*perform)(Thread* const (&lanes)[kWarp]);
-};
-
-struct Copy {
-  void* shared;
-  const void* global;  // null: zeros
-};
-
-struct Thread {
-  Fiber fiber;
-  uint3 index;
-  Operands operands;
-  Site site;  // where it waits, or called what is being performed
-  std::vector<Copy> copies;
-};
-
-// Every lane runs once, in `order`, until each has come to a collective or a barrier or has exited.
-struct Warp {
-  Thread* lanes[kWarp];
-  int size;
-  int order[kWarp], running;  // an index into `order`
-  const Collective* collective;
-  Site site;  // of the first lane that came to a collective
-  int at_collective, at_barrier, exited;
-  bool differ;  // in their collectives
-};
-
-struct Block {
-  std::deque<Thread> threads;  // at least as many as the block has; they keep their stacks
-  size_t size;
-  std::vector<Warp> warps;
-  std::vector<Warp*> ready;  // for a barrier they have not come to
-  Warp* warp;                // that runs
-  Thread* thread;            // that runs
-  size_t at_barrier, exited;
-  Site barrier;  // where the first thread waits
-  bool barriers_differ;
-  unsigned char* shared;
-  size_t shared_bytes;
-};
-
 // One launch at a time; each uses all of this.
 std::mutex launching;
 std::map<const void*, size_t> allowed_shared_bytes;
 uint64_t launches = 0, attribute_calls = 0;
-Random rng(0);
-Block block;
 Fiber launcher;
 const Launch* launched;
 bool failed;
@@ -144,13 +60,17 @@ std::string describe(const Coordinates& c) {
   return text("(", c.x, ", ", c.y, ", ", c.z, ")");
 }
 
-// Ends the launch. Its fibers are never continued.
-[[noreturn]] void fail(const Thread& thread, const std::string& message) {
+}  // namespace
+
+// Its fibers are never continued.
+void fail(const Thread& thread, const std::string& message) {
   failure = text("block ", describe(blockIdx), ", thread ", describe(thread.index), ": ", message);
   failed = true;
   block.thread->fiber.switch_to(launcher, true);
   __builtin_unreachable();
 }
+
+namespace {
 
 void start_segment(Warp& warp) {
   // Affine maps modulo 32 put any two lanes in either order equally often.
@@ -161,7 +81,8 @@ void start_segment(Warp& warp) {
     const int lane = (factor * i + first) % kWarp;
     if (lane < warp.size) warp.order[count++] = lane;
   }
-  warp.running = 0;
+  warp.count = count;
+  warp.running = warp.waiting = 0;
   warp.collective = nullptr;
   warp.at_collective = warp.at_barrier = warp.exited = 0;
   warp.differ = false;
@@ -178,9 +99,8 @@ void perform(Warp& warp) {
   warp.collective->perform(warp.lanes);
 }
 
-// All threads of the block have come to a barrier or exited. Whether there is more to do.
-bool pass_barrier() {
-  if (block.exited == block.size) return false;
+// All threads of the block have come to a barrier or exited, not all of them the latter.
+void pass_barrier() {
   if (block.exited != 0 || block.barriers_differ) {
     fail(*block.thread, text("divergent barrier: ", block.at_barrier, " threads wait at ",
                              block.barriers_differ ? "different lines, one of them " : "",
@@ -188,26 +108,68 @@ bool pass_barrier() {
   }
   block.at_barrier = 0;
   for (Warp& warp : block.warps) block.ready.push_back(&warp);
-  return true;
+}
+
+// Whether lanes of the warp may go on from their mbarriers.
+bool resumable(const Warp* warp) {
+  return std::any_of(warp->lanes, warp->lanes + warp->size, [](const Thread* t) { return t->arrived; });
+}
+
+// Those lanes, as what runs next of the warp.
+void resume(Warp& warp) {
+  warp.count = warp.running = 0;
+  for (int lane = 0; lane < warp.size; ++lane) {
+    if (warp.lanes[lane]->arrived) warp.order[warp.count++] = lane;
+  }
+  for (int i = warp.count; i > 1; --i) std::swap(warp.order[i - 1], warp.order[rng.below(i)]);
+  warp.waiting -= warp.count;
+}
+
+// A warp that can run, ready to; null if there is none.
+Warp* take_warp() {
+  std::vector<Warp*>& parked = block.parked;
+  const auto awake = std::partition(parked.begin(), parked.end(), [](Warp* w) { return !resumable(w); });
+  const size_t awakened = parked.end() - awake;
+  if (block.ready.empty() && awakened == 0) return nullptr;
+  const size_t choice = rng.below(block.ready.size() + awakened);
+  std::vector<Warp*>& from = choice < awakened ? parked : block.ready;
+  Warp** taken = choice < awakened ? &*awake + choice : &from[choice - awakened];
+  std::swap(*taken, from.back());
+  Warp* warp = from.back();
+  from.pop_back();
+  if (choice < awakened) {
+    resume(*warp);
+  } else {
+    start_segment(*warp);
+  }
+  return warp;
 }
 
 // The thread to run next; null when the block is done.
 Thread* schedule() {
   Warp* warp = block.warp;
-  if (warp != nullptr && ++warp->running == warp->size) {
-    if (warp->at_collective != 0) {
+  if (warp != nullptr && ++warp->running == warp->count) {
+    if (warp->waiting != 0) {
+      block.parked.push_back(warp);
+      warp = nullptr;
+    } else if (warp->at_collective != 0) {
       perform(*warp);
       start_segment(*warp);
     } else {
       warp = nullptr;
     }
   }
-  if (warp == nullptr) {
-    if (block.ready.empty() && !pass_barrier()) return nullptr;
-    std::swap(block.ready[rng.below(block.ready.size())], block.ready.back());
-    warp = block.ready.back();
-    block.ready.pop_back();
-    start_segment(*warp);
+  while (warp == nullptr) {
+    warp = take_warp();
+    if (warp != nullptr) continue;
+    if (block.exited == block.size) return nullptr;
+    if (land_one()) continue;
+    if (!block.parked.empty()) {
+      for (const Thread& thread : block.threads) {
+        if (thread.awaited) fail_at(thread, "mbarrier_wait", "waits for ever");
+      }
+    }
+    pass_barrier();
   }
   block.warp = warp;
   return warp->lanes[warp->order[warp->running]];
@@ -238,6 +200,7 @@ __attribute__((no_sanitize("address"))) void run_thread() {
   }
   const Thread& self = *block.thread;
   if (!exception.empty()) fail(self, "exception: " + exception);
+  if (const std::string left = unfinished(); !left.empty()) fail(self, "exited with " + left);
   if (!self.copies.empty()) {
     fail(self, text("exited with ", self.copies.size(), " cp_async_16 that it never waited for"));
   }
@@ -245,6 +208,8 @@ __attribute__((no_sanitize("address"))) void run_thread() {
   ++block.exited;
   yield(true);
 }
+
+}  // namespace
 
 void collect(const Collective& collective, const Operands& operands, Site site) {
   Warp& warp = *block.warp;
@@ -259,9 +224,16 @@ void collect(const Collective& collective, const Operands& operands, Site site) 
   yield();
 }
 
-[[noreturn]] void fail_at(const Thread& thread, const char* function, const std::string& message) {
+void wait_for_arrival() {
+  ++block.warp->waiting;
+  yield();
+}
+
+void fail_at(const Thread& thread, const char* function, const std::string& message) {
   fail(thread, text(function, " (", describe(thread.site), "): ", message));
 }
+
+namespace {
 
 void check_shared(const Thread& thread, const char* function, const void* pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -286,7 +258,9 @@ void perform_ldmatrix(Thread* const (&lanes)[kWarp]) {
   uint16_t matrix[4][8][8];
   for (int l = 0; l < kWarp; ++l) {
     const void* row = lanes[l]->operands.first;
-    check_shared(*lanes[l], kTranspose ? "ldmatrix_x4_trans" : "ldmatrix_x4", row);
+    const char* name = kTranspose ? "ldmatrix_x4_trans" : "ldmatrix_x4";
+    check_shared(*lanes[l], name, row);
+    check_landed(*lanes[l], name, row);
     std::memcpy(matrix[l / 8][l % 8], row, 16);
   }
   for (int l = 0; l < kWarp; ++l) {
@@ -384,7 +358,8 @@ void perform_shuffle(Thread* const (&lanes)[kWarp]) {
   }
 }
 
-constexpr Collective kSyncWarp{"__syncwarp", [](Thread* const (&)[kWarp]) {}};
+constexpr Collective kSyncWarp{
+    "__syncwarp", [](Thread* const (&)[kWarp]) { warp_synchronized(*block.warp); }};
 constexpr Collective kShuffles[] = {{"__shfl_sync", perform_shuffle<Shuffle::kIndex>},
                                     {"__shfl_down_sync", perform_shuffle<Shuffle::kDown>},
                                     {"__shfl_xor_sync", perform_shuffle<Shuffle::kXor>}};
@@ -407,13 +382,20 @@ void run_block() {
   for (size_t i = 0; i < block.size; ++i) {
     block.threads[i].fiber.prepare(run_thread, static_cast<int>(i));
   }
+  begin_block();
   block.ready.clear();
+  block.parked.clear();
   for (Warp& warp : block.warps) block.ready.push_back(&warp);
   block.warp = nullptr;
   block.at_barrier = block.exited = 0;
   block.thread = schedule();
   threadIdx = block.thread->index;
   launcher.switch_to(block.thread->fiber);
+  if (failed) return;
+  if (const std::string left = unfinished_block(); !left.empty()) {
+    failure = text("block ", describe(blockIdx), ": ended with ", left);
+    failed = true;
+  }
 }
 
 void run_grid(const Launch& launch) {
@@ -431,6 +413,8 @@ void run_grid(const Launch& launch) {
     warp.lanes[warp.size++] = &block.threads[i];
     block.threads[i].index = {i % shape[0], i / shape[0] % shape[1], i / shape[0] / shape[1]};
     block.threads[i].copies.clear();
+    block.threads[i].awaited = nullptr;
+    block.threads[i].arrived = false;
   }
   std::vector<uint64_t> order(uint64_t{grid[0]} * grid[1] * grid[2]);
   std::iota(order.begin(), order.end(), 0);
@@ -449,6 +433,8 @@ void run_grid(const Launch& launch) {
 void read_environment() {
   const char* seed = std::getenv("HYPERCONV_HOST_SEED");
   rng = Random((seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10)) + launches++);
+  const char* hurry = std::getenv("HYPERCONV_HOST_EAGER");
+  eager = hurry != nullptr && std::strcmp(hurry, "0") != 0;
   const char* skip = std::getenv("HYPERCONV_HOST_SKIP");
   const char* colon = skip == nullptr ? nullptr : std::strchr(skip, ':');
   skipped_file = colon == nullptr ? nullptr : skip;
@@ -456,13 +442,14 @@ void read_environment() {
   skipped_line = colon == nullptr ? 0 : std::atoi(colon + 1);
 }
 
+}  // namespace
+
 bool skipped(Site site) {
   if (skipped_file == nullptr || site.line != skipped_line) return false;
   const char* file = base_name(site.file);
   return std::strlen(file) == skipped_length &&
          std::memcmp(file, skipped_file, skipped_length) == 0;
 }
-}  // namespace
 
 int launch(const Launch& launch) {
   uint64_t threads = 1;
@@ -528,6 +515,7 @@ void block_barrier(Site site) {
 
 void warp_barrier(unsigned mask, Site site) {
   check_mask(mask, site);
+  if (skipped(site)) return;
   collect(kSyncWarp, {}, site);
 }
 
@@ -603,8 +591,10 @@ cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = hyperconv_host::kSharedAtMost;
+// So few multiprocessors that persistent blocks have more than one round of work.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bool memory = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  *value = memory ? static_cast<int>(hyperconv_host::kSharedAtMost) : 3;
   return cudaSuccess;
 }
 
