@@ -53,7 +53,8 @@ CPU_LINK_FLAGS = ["-shared", *(["-Wl,-z,defs,--as-needed"] if sys.platform == "l
 
 HOW = "pip install . --no-build-isolation"
 DEFAULT_CUDA = "/usr/local/cuda"
-# sm_80 code also runs on 8.6 and 8.9, PTX of the newest on all that follow. No 'a' feature is used yet.
+# sm_80 code also runs on 8.6 and 8.9, PTX of the newest on all that follow. 9.0a, which has wgmma, is
+# not among them until a GPU has run it.
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 CUDA_FLAGS += ["-lineinfo", "-Xfatbin=-compress-all"]  # a sixth of the size that the lines give it

@@ -35,8 +35,8 @@ ELSEWHERE = ("triton_aot", "cuda_aot", "build", "host_runtime", "cuda_proof", "e
 # Test files that cannot even be collected without a package.
 NEEDS = {"hypothesis": ("dimensions", "geometry", "lattice")}
 # The library's kernels, in csrc/ and of Triton, by their mangled names; PyTorch's are as they are.
-KERNELS = "regex=(basis|direct|prepare|mlp|coefficient)[a-z_]*kernel"
-GATE = ("tests/test_operators.py", "tests/test_hyper_operator.py")
+KERNELS = "regex=(basis|direct|prepare|mlp|coefficient)[a-z0-9_]*kernel"
+GATE = ("tests/test_operators.py", "tests/test_hyper_operator.py", "tests/test_cuda_wgmma.py")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,12 @@ def first_parts(out: Path) -> list[Part]:
 
 def parts(out: Path, quick: bool, capability: str, sanitizer: str) -> list[Part]:
     """The rest, in order. `capability`: of the GPU, '' if there is none (then nvcc's default)."""
-    build = {"HYPERCONV_BUILD_CUDA": "1", "HYPERCONV_BUILD_CPU": "0", "TORCH_CUDA_ARCH_LIST": capability}
+    architecture = "9.0a" if capability == "9.0" else capability  # with wgmma
+    build = {
+        "HYPERCONV_BUILD_CUDA": "1",
+        "HYPERCONV_BUILD_CPU": "0",
+        "TORCH_CUDA_ARCH_LIST": architecture,
+    }
     rows, report = str(out / "benchmarks.json"), str(WORK / "report")
     # Ends by itself, unless a row takes as long as all the others.
     limit = 45 if quick else 110

@@ -72,6 +72,12 @@ Status prepare(Number number, const Lattice& map, const PrepareArguments& argume
 Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
                         const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
 
+// The same as wgmma's right operands (ptx::core_descriptor), for basis_conv_sm90: bands
+// [steps, 2, ranks, 16 t, 8], a patch's rows `patch_width` wide, and coefficients
+// [in / 16, ranks, 2, out, 8]; zeros for the functions beyond the last.
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int ranks,
+                     int steps, int patch_width, cudaStream_t stream);
+
 // Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).
 struct Choice {
   int out_tiles;  // output channels of a block, in tiles of 16
@@ -80,6 +86,7 @@ struct Choice {
   int slice;        // 16-row tiles of the patch whose bands are in shared memory together
   int halo_stages;  // halos in shared memory together
   int shared_bytes;
+  int patch_width;  // positions of a row of the patch as basis_conv_sm90 has it; 0: basis_conv
 };
 
 struct ConvArguments {
@@ -95,6 +102,9 @@ struct ConvArguments {
 };
 Status basis_conv(Number number, const Lattice& map, const Choice& choice,
                   const ConvArguments& arguments, cudaStream_t stream);
+// The same on what `prepare_cores` has written.
+Status basis_conv_sm90(Number number, const Lattice& map, const Choice& choice,
+                       const ConvArguments& arguments, cudaStream_t stream);
 
 struct CoefficientArguments {
   Operand g, x;

@@ -113,7 +113,7 @@ Planned parse_plan(const Tensor& plan) {
   STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Int && plan.is_cpu(),
                   "plan: expected int32 on the CPU, got dtype ", static_cast<int>(plan.scalar_type()),
                   plan.is_cpu() ? "" : " on a GPU");
-  expect("plan", "numbers", 3 * kFields + 3 + 6, plan.numel());
+  expect("plan", "numbers", 3 * kFields + 3 + 7, plan.numel());
   expect_room("plan", plan, 0);
   Planned planned;
   const int* next = static_cast<const int*>(plan.data_ptr());
@@ -129,7 +129,7 @@ Planned parse_plan(const Tensor& plan) {
   Choice& choice = planned.choice;
   for (int* field : {&map.batch, &map.batch_units, &map.batch_blocks, &choice.out_tiles,
                      &choice.ranks, &choice.warps, &choice.slice, &choice.halo_stages,
-                     &choice.shared_bytes}) {
+                     &choice.shared_bytes, &choice.patch_width}) {
     *field = *next++;
   }
   return planned;
@@ -180,9 +180,9 @@ class Workspace {
 };
 
 // What prepare reads and writes. `transposed` swaps the coefficients' channels (in, out): A is
-// [C_out, C_in / groups, R].
+// [C_out, C_in / groups, R]. `ranks`: functions that are written at least.
 PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool transposed,
-                             int out_tile_multiple, Workspace& workspace) {
+                             int out_tile_multiple, Workspace& workspace, int ranks = 1) {
   PrepareArguments p = {};
   p.groups = static_cast<int>(groups);
   if (!coefficients) return p;
@@ -201,7 +201,8 @@ PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool tr
   p.out_channels = static_cast<int>(out);
   p.rank = static_cast<int>(coefficients->size(2));
   p.out_tiles = ceil_div(p.out_channels, 16 * out_tile_multiple) * out_tile_multiple;
-  const int64_t tiles = groups * ceil_div(p.in_channels, 16) * p.rank * p.out_tiles;
+  const int64_t tiles =
+      groups * ceil_div(p.in_channels, 16) * std::max(p.rank, ranks) * p.out_tiles;
   p.packed = workspace.take("coefficients", tiles);
   return p;
 }
@@ -214,12 +215,16 @@ float* scales(Number number, PrepareArguments& p, Workspace& workspace) {
   return p.scales;
 }
 
-void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
-               Workspace& workspace) {
+void add_basis(PrepareArguments& p, const Lattice& map, const Tensor& basis) {
   expect_float("basis", basis);
   p.rank = static_cast<int>(basis.size(0));
   expect_room("basis", basis, static_cast<int64_t>(p.rank) * map.taps());
   p.basis = static_cast<const float*>(basis.data_ptr());
+}
+
+void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
+               Workspace& workspace) {
+  add_basis(p, map, basis);
   p.bands = workspace.take("bands", static_cast<int64_t>(map.bands()) * p.rank * map.chunks());
 }
 
@@ -279,8 +284,16 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
   const Operand y = operand("output", output, map, &Axis::out_size, groups);
   ConvArguments a = {};
   a.x = operand(transposed ? "grad" : "input", source, map, &Axis::in_size, groups);
-  PrepareArguments p = preparation(&coefficients, groups, transposed, choice.out_tiles, room);
-  add_bands(p, map, basis, room);
+  const bool cores = choice.patch_width != 0;
+  PrepareArguments p = preparation(&coefficients, groups, transposed, choice.out_tiles, room,
+                                   cores ? choice.ranks : 1);
+  if (cores) {
+    STD_TORCH_CHECK(!generator, "basis: expected one that is there, got an MLP to compute it");
+    add_basis(p, map, basis);
+    p.bands = room.take("bands", static_cast<int64_t>(choice.slice) * choice.ranks);
+  } else {
+    add_bands(p, map, basis, room);
+  }
   expect("coefficients", "channels in", a.x.channels, p.in_channels);
   expect("coefficients", "channels out", y.channels, p.out_channels);
   expect("basis", "functions", coefficients.size(2), p.rank);
@@ -299,6 +312,13 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
   a.rank = p.rank;
   a.aligned = aligned;
   const DeviceScope scope(source);
+  if (cores) {
+    DeviceScope::check(prepare_cores(number, map, p, choice.ranks, choice.slice, choice.patch_width,
+                                     scope.stream()),
+                       "prepare_cores");
+    DeviceScope::check(basis_conv_sm90(number, map, choice, a, scope.stream()), "basis_conv_sm90");
+    return;
+  }
   DeviceScope::check(
       generator ? prepare_from_mlp(number, map, p, generator->mlp, generator->wide,
                                    generator->basis, scope.stream())

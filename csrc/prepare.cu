@@ -247,7 +247,100 @@ Status launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpAr
                                       tap_blocks, band_lanes, coefficient_lanes);
 }
 
+// Sizes of the operands in cores.
+struct Cores {
+  int ranks, steps, patch_width;
+};
+
+// The eight numbers of row `index` of the bands [steps, 2, ranks, 16 t]; a warp's are of one function.
+template <class N>
+__device__ void write_band_row(const Lattice& map, const PrepareArguments& p, const Cores& cores,
+                               int64_t index) {
+  using Element = typename N::Element;
+  const int t = index % 16, half = index / 16 % 2, rank = index / 32 % cores.ranks;
+  const int step = static_cast<int>(index / 32 / cores.ranks);
+  const Axis &height = map.axis[1], &width = map.axis[2];
+  float factor = 1.0f;
+  if constexpr (kScaled<N>) {
+    if (rank < p.rank) factor = 1.0f / scale_of(map, p, rank);
+  }
+  struct alignas(16) Row {
+    Element e[8];
+  } row;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int l = step * 16 + half * 8 + e;
+    const int h = tap_at(height, 0, l / cores.patch_width, t / width.unit);
+    const int w = tap_at(width, 0, l % cores.patch_width, t % width.unit);
+    const bool meets = rank < p.rank && h >= 0 && w >= 0;
+    const float phi = meets ? p.basis[static_cast<int64_t>(rank) * map.taps() + h * width.kernel + w] : 0.0f;
+    row.e[e] = ptx::from_float<Element>(phi * factor);
+  }
+  const int64_t at = (static_cast<int64_t>(step * 2 + half) * cores.ranks + rank) * 16 + t;
+  static_cast<Row*>(p.bands)[at] = row;
+}
+
+// That of the coefficients [in / 16, ranks, 2, out].
+template <class N>
+__device__ void write_coefficient_row(const Lattice& map, const PrepareArguments& p, const Cores& cores,
+                                      int64_t index) {
+  using Element = typename N::Element;
+  const int out = index % p.out_channels;
+  const int half = index / p.out_channels % 2;
+  const int64_t block = index / p.out_channels / 2;
+  const int rank = block % cores.ranks, in = static_cast<int>(block / cores.ranks) * 16 + half * 8;
+  const Element* source =
+      static_cast<const Element*>(p.coefficients) + rank * p.stride_rank + out * p.stride_out;
+  float factor = 1.0f;
+  if constexpr (kScaled<N>) {
+    if (rank < p.rank) factor = scale_of(map, p, rank);
+  }
+  struct alignas(16) Row {
+    Element e[8];
+  } row;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const float value = rank < p.rank ? ptx::to_float(source[(in + e) * p.stride_in]) : 0.0f;
+    row.e[e] = ptx::from_float<Element>(value * factor);
+  }
+  static_cast<Row*>(p.packed)[index] = row;
+}
+
+template <class N>
+__global__ __launch_bounds__(kThreads) void prepare_cores_kernel(
+    const __grid_constant__ Lattice map, const __grid_constant__ PrepareArguments p,
+    const __grid_constant__ Cores cores, int64_t band_rows, int64_t coefficient_rows) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < band_rows) {
+    write_band_row<N>(map, p, cores, index);
+  } else if (index < band_rows + coefficient_rows) {
+    write_coefficient_row<N>(map, p, cores, index - band_rows);
+  }
+}
+
+template <class N>
+Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const Cores& cores,
+                            cudaStream_t stream) {
+  if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % 16 != 0 || p.rank > cores.ranks) {
+    return kUnknownPlan;
+  }
+  const int64_t band_rows = static_cast<int64_t>(cores.steps) * 2 * cores.ranks * 16;
+  const int64_t coefficient_rows =
+      static_cast<int64_t>(p.in_channels / 16) * cores.ranks * 2 * p.out_channels;
+  const int64_t blocks = (band_rows + coefficient_rows + kThreads - 1) / kThreads;
+  return launch<prepare_cores_kernel<N>>(blocks, kThreads, 0, stream, map, p, cores, band_rows,
+                                         coefficient_rows);
+}
+
 }  // namespace
+
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& p, int ranks, int steps,
+                     int patch_width, cudaStream_t stream) {
+  const Cores cores = {ranks, steps, patch_width};
+  if (number == Number::kHalf) return launch_prepare_cores<Half<__half>>(map, p, cores, stream);
+  if (number == Number::kBfloat16) return launch_prepare_cores<Half<__nv_bfloat16>>(map, p, cores, stream);
+  return kUnknownPlan;
+}
 
 Status prepare(Number number, const Lattice& map, const PrepareArguments& p,
                cudaStream_t stream) {

@@ -32,6 +32,10 @@ REGISTERS = 255  # of each of the 256 threads that a block has at most
 BLOCK_WARPS = 8
 # Kernels that multiply on tensor cores, unless by IEEE arithmetic: then on none.
 MULTIPLY = ("basis_conv_kernel", "basis_gradient_kernel", "coefficient_gradient_kernel")
+# The same by wgmma: (architecture, warps of a block). Elsewhere there is nothing in them.
+WARPGROUPS = {"basis_conv_sm90_kernel": ("90a", 12)}
+# What ptxas notes where it serialises wgmma or ignores setmaxnreg, which to nvcc is no warning.
+LOSS = re.compile(r"C75\d\d")
 IEEE = "Ieee"
 # Bytes of stack a kernel may have; the others have none.
 STACK = {
@@ -80,6 +84,8 @@ def compile_source(source: Path, architecture: str) -> list[Compiled]:
         )
         if result.returncode:
             raise RuntimeError(f"{source.name} does not compile for sm_{architecture}:\n{result.stderr}")
+        if LOSS.search(result.stderr):
+            raise RuntimeError(f"{source.name} for sm_{architecture} loses to ptxas:\n{result.stderr}")
         log.write_text(result.stderr)
     return _rows(architecture, log.read_text(), _disassembled(target))
 
@@ -126,7 +132,8 @@ def _row(architecture: str, name: str, report: str, listing: str) -> Compiled:
 
     generation, registers = _generation(architecture), number(r"Used (\d+) registers")
     code = machine_code.instructions(listing)
-    hot = name.startswith(MULTIPLY) and generation in machine_code.RATES
+    hot = name.startswith((*MULTIPLY, *WARPGROUPS)) and generation in machine_code.RATES
+    _, block_warps = WARPGROUPS.get(name.partition("<")[0], ("", BLOCK_WARPS))
     return Compiled(
         architecture,
         name,
@@ -134,7 +141,7 @@ def _row(architecture: str, name: str, report: str, listing: str) -> Compiled:
         stack=number(r"(\d+) bytes stack frame"),
         spills=number(r"(\d+) bytes spill (?:stores|loads)"),
         shared=number(r"(\d+) bytes smem"),
-        warps=machine_code.resident_warps(generation, registers, BLOCK_WARPS),
+        warps=machine_code.resident_warps(generation, registers, block_warps),
         tensor_core=sum(x.kind == "tensor" for x in code),
         ldmatrix=sum(x.opcode.startswith("LDSM") for x in code),
         loops=tuple(machine_code.loop_lines(machine_code.hot_loops(code, generation))) if hot else (),
@@ -162,11 +169,21 @@ def _short_names(mangled: list[str]) -> list[str]:
 
 
 def compile_all(architecture: str) -> list[Compiled]:
-    """Every kernel in csrc/, sorted by name."""
+    """Every kernel in csrc/ that the architecture has, sorted by name."""
     sources = sorted(SOURCES.glob("*.cu"))
     with ThreadPoolExecutor(JOBS) as pool:
         compiled = pool.map(lambda source: compile_source(source, architecture), sources)
-        return sorted((row for rows in compiled for row in rows), key=lambda row: row.name)
+        rows = [row for rows in compiled for row in rows]
+    return sorted((row for row in rows if _exists(row.kernel, architecture)), key=lambda row: row.name)
+
+
+def _exists(kernel: str, architecture: str) -> bool:
+    return WARPGROUPS.get(kernel, (architecture,))[0] == architecture
+
+
+def _multiplying(architecture: str) -> set[str]:
+    """Kernels with tensor-core instructions."""
+    return {*MULTIPLY, *(kernel for kernel in WARPGROUPS if _exists(kernel, architecture))}
 
 
 def faults(row: Compiled) -> list[str]:
@@ -178,9 +195,10 @@ def faults(row: Compiled) -> list[str]:
         found.append(f"{row.stack} bytes of stack")
     if not 0 < row.registers <= REGISTERS:
         found.append(f"{row.registers} registers")
-    if row.kernel in MULTIPLY and IEEE not in row.name and not row.tensor_core:
+    multiplying = row.kernel in _multiplying(row.architecture)
+    if multiplying and IEEE not in row.name and not row.tensor_core:
         found.append("no tensor-core instruction")
-    if row.tensor_core and (row.kernel not in MULTIPLY or IEEE in row.name):
+    if row.tensor_core and (not multiplying or IEEE in row.name):
         found.append("tensor-core instructions")
     return found
 
@@ -202,7 +220,7 @@ def main(arguments: list[str]) -> int:
             status = 1
             continue
         table = [(str(row), faults(row)) for row in rows]
-        missing = set(MULTIPLY) - {row.kernel for row in rows}
+        missing = _multiplying(architecture) - {row.kernel for row in rows}
         table += [(f"sm_{architecture:<5}{kernel}", ["no such kernel"]) for kernel in sorted(missing)]
         committed = bounds_file.FOLDER / f"cuda_sm_{architecture}.txt"
         command = f"python -m tests.cubin --update {architecture}"

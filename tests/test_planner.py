@@ -115,14 +115,14 @@ def test_direct_refuses_a_rank_it_cannot_hold() -> None:
 
 def test_names_in_order_of_preference() -> None:
     assert planner.BACKEND_NAMES == ("auto", "reference", "cuda", "triton", "cpu", "composite")
-    assert planner.ALGORITHM_NAMES == ("auto", "basis", "direct", "fft", "composite")
+    assert planner.ALGORITHM_NAMES == ("auto", "basis", "wgmma", "direct", "fft", "composite")
 
 
 @pytest.mark.parametrize(
     ("backend", "algorithm"), [("composite", "basis"), ("triton", "composite"), ("cuda", "direct")]
 )
 def test_an_algorithm_of_another_backend(backend: str, algorithm: str) -> None:
-    known = r"\(cuda: basis, triton: basis/direct, cpu: basis/fft, composite: composite\)"
+    known = r"\(cuda: basis/wgmma, triton: basis/direct, cpu: basis/fft, composite: composite\)"
     with pytest.raises(PlanError, match=f"is not one of backend='{backend}' {known}"):
         planner.plan(problem(), backend, algorithm)
 
@@ -294,7 +294,7 @@ def test_what_cuda_refuses(changes: dict, reason: str, built, monkeypatch: pytes
 
 def test_cuda_without_its_library() -> None:
     assert planner.plan(problem()).backend == "triton"
-    with pytest.raises(PlanError, match=rf"\(cuda/basis: {NOT_BUILT}\); use backend='auto'"):
+    with pytest.raises(PlanError, match=rf"\(cuda/basis: {NOT_BUILT}; cuda/wgmma: {NOT_BUILT}\); use"):
         planner.plan(problem(), "cuda")
 
 

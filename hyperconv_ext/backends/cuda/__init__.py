@@ -1,7 +1,8 @@
 """The fused CUDA C++ backend: the kernels of csrc/, in a shared library loaded when first asked for.
 
-One algorithm, `basis`: z is formed on the tensor cores by banded (block Toeplitz) products and passes,
-in registers, to the product with the coefficients.
+Algorithm `basis`: z is formed on the tensor cores by banded (block Toeplitz) products and passes, in
+registers, to the product with the coefficients. `wgmma`: the same for compute capability 9.0 alone, by
+its own products and copy engine.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 from ...problem import Device, Plan, Problem
 from .. import cost
-from . import launch, library, tiles
+from . import launch, library, tiles, wgmma
 
-ALGORITHMS = ("basis",)
+ALGORITHMS = ("basis", "wgmma")
 # Limits of the coordinate MLP kernels: kMaxWidth and kMaxLayers in csrc/launchers.h.
 MLP_WIDTH = 64
 MLP_LAYERS = 8
@@ -39,9 +40,23 @@ def _device_reason(device: Device, dtype: str) -> str:
     return ""
 
 
+def _wgmma_reason(problem: Problem) -> str:
+    """Why `wgmma` cannot compute this problem on a device on which the others run, or ''."""
+    if library.executes_on_cpu():
+        return wgmma.reason(problem)
+    if problem.device.capability != wgmma.CAPABILITY:
+        return f"it needs compute capability 9.0, this GPU has {problem.device.capability / 10}"
+    if "90a" not in library.architectures():
+        return f"the extension is {library.describe()}; rebuild it with TORCH_CUDA_ARCH_LIST=9.0a"
+    return wgmma.reason(problem)
+
+
 def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
     """Whether this backend takes `problem`, and why not."""
     reason = _device_reason(problem.device, problem.dtype)
+    if algorithm == "wgmma":
+        reason = reason or _wgmma_reason(problem)
+        return not reason, reason
     if not reason and problem.rank > tiles.MAX_RANK:
         reason = f"its kernels take up to {tiles.MAX_RANK} basis functions, not {problem.rank}"
     if reason:
@@ -66,7 +81,7 @@ def can_evaluate(widths: tuple[int, ...], dtype: str, device: Device) -> tuple[b
 
 def configure(problem: Problem, algorithm: str) -> tuple[Any, float]:
     """The tile and its estimated seconds; infinite where the CPU executes the kernels, for tests."""
-    choice = tiles.choose(problem)
+    choice = wgmma.choose(problem) if algorithm == "wgmma" else tiles.choose(problem)
     if choice is None:
         raise ValueError(f"no tile fits {problem}; ask can_run first")
     tile, seconds = choice
@@ -75,7 +90,8 @@ def configure(problem: Problem, algorithm: str) -> tuple[Any, float]:
 
 def flops(plan: Plan) -> float:
     """Operations that the planned launches execute."""
-    return cost.flops(tiles.works(plan.problem, plan.tile))
+    works = wgmma.works if plan.algorithm == "wgmma" else tiles.works
+    return cost.flops(works(plan.problem, plan.tile))
 
 
 basis_conv_fwd = launch.basis_conv_fwd

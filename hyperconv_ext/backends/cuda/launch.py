@@ -50,12 +50,16 @@ def _fixed_of(plan: Plan) -> _Fixed:
     packed = 0
     if kernel.family != "coefficient_gradient":
         packed = problem.geometry.groups * tiles_i * tiles_o
-    choice = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
-    sums = kernel.family != "basis_conv" and problem.dtype == "float16"
+    sizes = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
+    choice = (*sizes, tile.shared_bytes, tile.patch_width)
+    rank = problem.rank
+    if tile.patch_width:  # by `wgmma`: all its functions, one set of bands
+        bands, rank = tile.slice, kernel.ranks
+    sums = kernel.family in ("coefficient_gradient", "basis_gradient") and problem.dtype == "float16"
     scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums else 0
     return _Fixed(
-        torch.tensor([*map.numbers, *choice, tile.shared_bytes], dtype=torch.int32, device="cpu"),
-        (bands + packed) * problem.rank * _TILE + scales,
+        torch.tensor([*map.numbers, *choice], dtype=torch.int32, device="cpu"),
+        (bands + packed) * rank * _TILE + scales,
         *shares(problem, tile),
         basis_pieces(map),
     )
@@ -137,9 +141,10 @@ def hyper_conv_fwd(
     linear_output: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(the result of the plan's operator, phi `[R, K]` in float32): two launches, in float16 three."""
+    """(the result of the plan's operator, phi `[R, K]` in float32): two launches, or three."""
     problem, fixed = plan.problem, _fixed_of(plan)
-    if problem.dtype == "float16":  # phi is scaled by sums over all taps, which must be there first
+    # In float16 phi is scaled by sums over all taps, which must be there first; `wgmma` reads phi.
+    if problem.dtype == "float16" or plan.tile.patch_width:
         constant = problem.rank > weights[-1].shape[0]
         settings = (activation, weight_gain, linear_output)
         basis = coordinate_mlp_fwd(coordinates, weights, biases, *settings, constant)

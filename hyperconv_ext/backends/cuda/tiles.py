@@ -19,7 +19,7 @@ from ..figures import Number, figures, number
 from ..lattice import Axis, Lattice, lattice
 from ..shares import basis_shares, coefficient_shares
 
-Family = Literal["basis_conv", "coefficient_gradient", "basis_gradient"]
+Family = Literal["basis_conv", "coefficient_gradient", "basis_gradient", "basis_conv_sm90"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Tile:
 
     `unit`: the 16 outputs of a unit as (depth, height, width); `grid`: the units of a block as (images,
     depth, height, width); `slice`: 16-row tiles of the patch whose bands are in shared memory together;
-    `stages`: halos in shared memory together; `shared_bytes`: all that a block needs.
+    `stages`: halos in shared memory together; `shared_bytes`: all that a block needs. `patch_width`: of
+    a row of the patch, where the kernel is that of `wgmma`, whose `grid` is a consumer's, else 0.
     """
 
     kernel: Kernel
@@ -75,11 +76,12 @@ class Tile:
     slice: int
     stages: int
     shared_bytes: int
+    patch_width: int = 0
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
-        return prod(self.grid) // _UNITS_PER_WARP
+        """Warps of a block, of `wgmma` those that multiply."""
+        return 8 if self.patch_width else prod(self.grid) // _UNITS_PER_WARP
 
     @property
     def name(self) -> str:
