@@ -78,7 +78,7 @@ def build_network(
 ) -> nn.Module:
     """The autoencoder, for images whose sides are multiples of 4.
 
-    Without the batch norms and with a sigmoid at the end, it may get stuck at an image that is all black.
+    Without batch norms and with a sigmoid at the end, it may get stuck at an image that is all black.
     """
     one, few, many = WIDTHS
     return nn.Sequential(
