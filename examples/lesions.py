@@ -200,7 +200,7 @@ def check_side(option: str, side: int, widest: int) -> None:
     if side % SHRINKAGE or widest > 2 * side // SHRINKAGE - 1:
         least = -(-(widest + 1) // 2) * SHRINKAGE
         raise ValueError(
-            f"{option}: expected a multiple of {SHRINKAGE}, and {least} or more for kernels of {widest}, "
+            f"{option}: expected a multiple of {SHRINKAGE}, for kernels of {widest} at least {least}, "
             f"got {side}"
         )
 

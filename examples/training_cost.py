@@ -23,7 +23,9 @@ def seconds_per_step(
 ) -> dict[str, float]:
     """The median of each network's steps, by the names of `trials`.
 
-    All take a step in turn, so that whatever else the machine does meets all of them alike.
+    All take a step in turn, so that whatever else the machine does meets all of them alike. On a CPU these
+    are seconds of the processor, which a process does not spend while it waits for others; with several
+    threads they are the sum of all.
 
     Args:
         make_step: builds a network and returns a step of its training, given the trial.
@@ -31,23 +33,27 @@ def seconds_per_step(
         rounds: how many steps are timed, of each.
     """
     steps = {name: make_step(trial) for name, trial in trials.items()}
+    clock = {
+        name: time.process_time if trial["device"] == "cpu" else time.perf_counter
+        for name, trial in trials.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for count in tqdm(range(WARM_UP + rounds), desc="time", unit="round"):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock[name]()
             step()
-            if torch.cuda.is_available():
+            if clock[name] is not time.process_time:
                 torch.cuda.synchronize()
             if count >= WARM_UP:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(clock[name]() - start)
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
 def peak_memory(make_step: MakeStep, trial: Mapping[str, Any]) -> int:
     """Bytes that PyTorch's allocator holds at most while a network is built and trained for two steps.
 
-    Parameters, gradients, the optimizer's state, activations and workspaces. The allocator of the CPU keeps
-    no peak, but the profiler logs what it holds after each allocation.
+    Parameters, gradients, the optimizer's state, activations and workspaces. The allocator of the CPU
+    keeps no peak, but the profiler logs what it holds after each allocation.
 
     Args:
         make_step: as `seconds_per_step` has it.
