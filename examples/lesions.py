@@ -175,7 +175,6 @@ def write_report(runs: Runs, folder: Path, quick: bool) -> list[Path]:
         )
         parts.append(grid_table(cells))
     parts.append("![Dice against the kernel size, by layer and number of functions.](scores.png)")
-    parts.append("![Twelve of the images, and the edges of the lesions in them.](task.png)")
     side = next(trial["side"] for trial in trials if trial["dims"] == 2)
     summary = write_summary(folder, "\n\n".join(parts), COMMAND + " --quick" * quick)
     return [summary, *draw_scores(grids, folder), *draw_task(side, folder)]

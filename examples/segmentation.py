@@ -168,7 +168,7 @@ class UNet(nn.Module):
         pairs = itertools.pairwise(reversed(WIDTHS))
         self.up = nn.ModuleList(block(below + here, here) for below, here in pairs)
         self.pool = _POOLINGS[dims](2)
-        self.head = (nn.Conv2d if dims == 2 else nn.Conv3d)(WIDTHS[0], 1, 1)
+        self.head = _LAYERS[dims][0](WIDTHS[0], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 WARM_UP = 2  # steps that are not timed
-Step = Callable[[], None]
-MakeStep = Callable[[Mapping[str, Any]], Step]
+Trial = Mapping[str, Any]
+MakeStep = Callable[[Trial], Callable[[], None]]
 
 
 def seconds_per_step(
@@ -49,7 +49,7 @@ def seconds_per_step(
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
-def peak_memory(make_step: MakeStep, trial: Mapping[str, Any]) -> int:
+def peak_memory(make_step: MakeStep, trial: Trial) -> int:
     """Bytes that PyTorch's allocator holds at most while a network is built and trained for two steps.
 
     Parameters, gradients, the optimizer's state, activations and workspaces. The allocator of the CPU
@@ -74,7 +74,7 @@ def peak_memory(make_step: MakeStep, trial: Mapping[str, Any]) -> int:
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
-def _two_steps(make_step: MakeStep, trial: Mapping[str, Any]) -> None:
+def _two_steps(make_step: MakeStep, trial: Trial) -> None:
     """The first makes the optimizer's state, with which the second needs the most."""
     step = make_step(trial)
     step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,19 +15,22 @@ from torch import nn
 
 from hyperconv_ext import HyperConv2d
 
-ROOT = Path(__file__).parents[1]
+from .test_examples import ROOT
+
+Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def segmentation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The task as a module; scripts can be imported, too, once it is."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """What makes a module of an example, given its name."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("segmentation")
+    return importlib.import_module
 
 
-def script(name: str, _: ModuleType) -> ModuleType:
-    """That example, once the fixture has made it importable."""
-    return importlib.import_module(name)
+@pytest.fixture
+def segmentation(load: Load) -> ModuleType:
+    """The task."""
+    return load("segmentation")
 
 
 def tiny(out: Path) -> list[str]:
@@ -82,8 +86,8 @@ def test_every_network_gives_logits_of_the_images_size(
     assert segmentation.UNet(trial)(images).shape == images.shape
 
 
-def test_lesions_writes_its_grid_and_goes_on(segmentation: ModuleType, tmp_path: Path) -> None:
-    lesions = script("lesions", segmentation)
+def test_lesions_writes_its_grid_and_goes_on(load: Load, tmp_path: Path) -> None:
+    lesions = load("lesions")
     arguments = [*tiny(tmp_path), "--volumes", "2"]
     arguments += ["--side", "16"]
     files = lesions.main(arguments)
@@ -105,17 +109,17 @@ def test_lesions_writes_its_grid_and_goes_on(segmentation: ModuleType, tmp_path:
 
 
 def test_a_side_that_cannot_be_halved_is_refused(
-    segmentation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for side in (18, 12):  # no multiple of 4; 3 pixels in the end, too few for 7 taps
         with pytest.raises(SystemExit):
-            script("lesions", segmentation).main([*tiny(tmp_path), "--side", str(side)])
+            load("lesions").main([*tiny(tmp_path), "--side", str(side)])
         expected = f"--side: expected a multiple of 4, for kernels of 7 at least 16, got {side}"
         assert expected in capsys.readouterr().err
 
 
-def test_costs_are_measured_in_turn_and_at_their_peak(segmentation: ModuleType) -> None:
-    cost = script("training_cost", segmentation)
+def test_costs_are_measured_in_turn_and_at_their_peak(load: Load) -> None:
+    cost = load("training_cost")
     order: list[int] = []
 
     def make_step(trial: dict[str, Any]) -> Any:
@@ -135,8 +139,8 @@ def test_costs_are_measured_in_turn_and_at_their_peak(segmentation: ModuleType) 
         assert cost.peak_memory(make_step, trial) == 3 * 4 * trial["size"]
 
 
-def test_large_kernels_measures_trains_and_draws(segmentation: ModuleType, tmp_path: Path) -> None:
-    large = script("large_kernels", segmentation)
+def test_large_kernels_measures_trains_and_draws(load: Load, tmp_path: Path) -> None:
+    large = load("large_kernels")
     files = large.main([*tiny(tmp_path), "--tasks", "lesions", "--kernels", "3", "7"])
     assert [path.name for path in files] == ["summary.md", "lesions.png", "lesions.svg"]
     measured, *trained = rows(tmp_path)
@@ -152,16 +156,14 @@ def test_large_kernels_measures_trains_and_draws(segmentation: ModuleType, tmp_p
     assert f"{counts['conv', 7]:,}" in summary
 
 
-def test_digits_need_their_files(
-    segmentation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_digits_need_their_files(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        script("large_kernels", segmentation).main(tiny(tmp_path))
+        load("large_kernels").main(tiny(tmp_path))
     assert "--mnist: expected the folder of MNIST's files" in capsys.readouterr().err
 
 
-def test_resize_scores_other_grids(segmentation: ModuleType, tmp_path: Path) -> None:
-    resize = script("resize", segmentation)
+def test_resize_scores_other_grids(load: Load, tmp_path: Path) -> None:
+    resize = load("resize")
     files = resize.main([*tiny(tmp_path), "--side", "16"])
     assert [path.name for path in files] == ["summary.md", "resize.png", "resize.svg"]
     for row in rows(tmp_path):
@@ -172,9 +174,9 @@ def test_resize_scores_other_grids(segmentation: ModuleType, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["conv", "hyper", "centered"])
 def test_a_resized_network_has_other_kernels_and_the_same_at_its_own_size(
-    segmentation: ModuleType, kind: str
+    segmentation: ModuleType, load: Load, kind: str
 ) -> None:
-    resize = script("resize", segmentation)
+    resize = load("resize")
     trial = {"dims": 2, "kind": kind, "kernel_size": 7, "features": 4, "backend": "auto"}
     network = segmentation.UNet(trial).eval()
     images = torch.randn(1, 1, 16, 16)
