@@ -104,7 +104,7 @@ def grid_table(cells: Cells) -> str:
         counts = [f"{row[size][0]['parameters']:,}" for size in sizes if size in row]
         scores = [spread(dices(row[size])) if size in row else "" for size in sizes]
         shown = counts if len(set(counts)) > 1 else counts[:1]
-        rows.append([KINDS[kind], "" if features is None else str(features), *scores, ", ".join(shown)])
+        rows.append([KINDS[kind], "" if features is None else str(features), *scores, " / ".join(shown)])
     return table(header, rows)
 
 

@@ -18,14 +18,12 @@ Trial = Mapping[str, Any]
 MakeStep = Callable[[Trial], Callable[[], None]]
 
 
-def seconds_per_step(
-    make_step: MakeStep, trials: Mapping[str, Mapping[str, Any]], rounds: int
-) -> dict[str, float]:
+def seconds_per_step(make_step: MakeStep, trials: Mapping[str, Trial], rounds: int) -> dict[str, float]:
     """The median of each network's steps, by the names of `trials`.
 
-    All take a step in turn, so that whatever else the machine does meets all of them alike. On a CPU these
-    are seconds of the processor, which a process does not spend while it waits for others; with several
-    threads they are the sum of all.
+    All take a step in turn, so that whatever else the machine does meets all of them alike. On a CPU
+    these are seconds of the processor, which a process does not spend while it waits for others; with
+    several threads they are the sum of all.
 
     Args:
         make_step: builds a network and returns a step of its training, given the trial.

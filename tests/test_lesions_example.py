@@ -86,10 +86,13 @@ def test_every_network_gives_logits_of_the_images_size(
     assert segmentation.UNet(trial)(images).shape == images.shape
 
 
-def test_lesions_writes_its_grid_and_goes_on(load: Load, tmp_path: Path) -> None:
+def test_lesions_writes_its_grid_and_goes_on(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lesions = load("lesions")
-    arguments = [*tiny(tmp_path), "--volumes", "2"]
-    arguments += ["--side", "16"]
+    monkeypatch.setattr(lesions, "KERNELS", (3,))
+    monkeypatch.setattr(lesions, "FEATURES", (2,))
+    arguments = [*tiny(tmp_path), "--volumes", "2", "--side", "16"]
     files = lesions.main(arguments)
     assert [path.name for path in files] == [
         "summary.md",
@@ -99,7 +102,8 @@ def test_lesions_writes_its_grid_and_goes_on(load: Load, tmp_path: Path) -> None
         "task.svg",
     ]
     trained = rows(tmp_path)
-    assert len(trained) == 3 * (1 + 2 * 3) + 3 * 2
+    kinds = [(row["trial"]["dims"], row["trial"]["kind"]) for row in trained]
+    assert kinds == [(2, "conv"), (2, "hyper"), (2, "published"), (3, "conv"), (3, "hyper")]
     assert all(0 <= row["result"]["dice"] <= 1 for row in trained)
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained[:-1]))
     lesions.main(arguments)
@@ -139,6 +143,7 @@ def test_costs_are_measured_in_turn_and_at_their_peak(load: Load) -> None:
         assert cost.peak_memory(make_step, trial) == 3 * 4 * trial["size"]
 
 
+@pytest.mark.slow
 def test_large_kernels_measures_trains_and_draws(load: Load, tmp_path: Path) -> None:
     large = load("large_kernels")
     files = large.main([*tiny(tmp_path), "--tasks", "lesions", "--kernels", "3", "7"])
@@ -162,13 +167,17 @@ def test_digits_need_their_files(load: Load, tmp_path: Path, capsys: pytest.Capt
     assert "--mnist: expected the folder of MNIST's files" in capsys.readouterr().err
 
 
-def test_resize_scores_other_grids(load: Load, tmp_path: Path) -> None:
+def test_resize_scores_other_grids(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resize = load("resize")
+    monkeypatch.setattr(resize, "GRIDS", ((7, 1), (13, 1)))
+    monkeypatch.setattr(resize, "SCALES", (1.0, 2.0))
     files = resize.main([*tiny(tmp_path), "--side", "16"])
     assert [path.name for path in files] == ["summary.md", "resize.png", "resize.svg"]
     for row in rows(tmp_path):
         scores = row["result"]["scores"]
-        assert len(scores) == len(resize.GRIDS)
+        assert [(grid, *row) for grid, row in scores.items()] == [
+            (grid, "1.0", "2.0") for grid in ("7", "13")
+        ]
         assert scores["7"]["1.0"] == row["result"]["dice"]  # the network as it was trained
 
 
