@@ -180,7 +180,7 @@ def run_trial(trial: Trial, runs: Runs, folder: Path) -> dict[str, Any]:
     if "rounds" in trial:
         return measure(trial)
     if trial["task"] == "lesions":
-        return train_unet(trial, runs)[1]
+        return train_unet(trial, runs)
     return train_classifier(trial, folder, runs)
 
 

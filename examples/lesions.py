@@ -180,16 +180,6 @@ def write_report(runs: Runs, folder: Path, quick: bool) -> list[Path]:
     return [summary, *draw_scores(grids, folder), *draw_task(side, folder)]
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """How a U-Net is trained, for each script that trains one on images of lesions."""
-    option = parser.add_argument
-    option("--train", type=positive, default=1000, help="training images")
-    option("--test", type=positive, default=200, help="held-out images, or volumes")
-    option("--side", type=positive, default=32, help="of an image, in pixels")
-    option("--batch-size", type=positive, default=16, help="images per step")
-    option("--rate", type=float, default=3e-3, help="learning rate of Adam")
-
-
 def check_side(option: str, side: int, widest: int) -> None:
     """Refuse sides that the poolings cannot halve, or that leave less than the kernels in the end.
 
@@ -210,8 +200,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Dice of a U-Net on synthetic lesions, by kernel size and number of functions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_training_options(parser)
     option = parser.add_argument
+    option("--train", type=positive, default=1000, help="training images")
+    option("--test", type=positive, default=200, help="held-out images, or volumes")
+    option("--side", type=positive, default=32, help="of an image, in pixels")
+    option("--batch-size", type=positive, default=16, help="images per step")
+    option("--rate", type=float, default=3e-3, help="learning rate of Adam")
     option("--volumes", type=positive, default=400, help="training volumes")
     option("--volume-side", type=positive, default=16, help="of a volume, in voxels")
     add_experiment_options(parser, "lesions", epochs=4)
@@ -231,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         parser.error(str(error))
     for trial in [] if args.report_only else plan_trials(args):
         if runs.get(trial) is None:
-            runs.add(trial, train_unet(trial, runs)[1])
+            runs.add(trial, train_unet(trial, runs))
     if not len(runs):
         parser.error(f"--report-only: expected runs in {runs.path}, found none; run without it first")
     files = write_report(runs, args.out, args.quick)

@@ -1,4 +1,4 @@
-"""Synthetic lesions and the U-Net that finds them, for `lesions.py`, `large_kernels.py`, `resize.py`.
+"""Synthetic lesions and the U-Net that finds them, for `lesions.py` and `large_kernels.py`.
 
 A lesion is a soft ellipse, or ellipsoid, of random place, size and contrast. The background is smooth
 waves, tubes as bright and as thick as lesions, which only their shape tells from one, and white noise.
@@ -31,7 +31,6 @@ KINDS = {
     CONV: "nn.ConvNd",
     "hyper": "HyperConvNd",
     "published": "HyperConvNd, published form",
-    "centered": "HyperConvNd, coordinates in taps",
     "both": "HyperConvNd and nn.ConvNd of 3",
 }
 WIDTHS = (4, 8, 16)  # channels of the levels; between two of them the image is halved
@@ -143,7 +142,6 @@ def make_layer(trial: Trial, inputs: int, outputs: int) -> nn.Module:
         num_features=features,
         hidden_features=(max(16, features),) * 2,
         parametrization="published" if kind == "published" else "orthonormal",
-        coordinates="centered" if kind == "centered" else None,
         backend=trial["backend"],
     )
     if kind != "both":
@@ -208,14 +206,11 @@ def load_lesions(train: int, test: int, side: int, dims: int, device: str) -> tu
     return first, second
 
 
-def trial_lesions(trial: Trial) -> tuple[Lesions, Lesions]:
-    """Those of the trial."""
-    return load_lesions(*(trial[name] for name in ("train", "test", "side", "dims", "device")))
-
-
-def train_unet(trial: Trial, runs: Runs) -> tuple[UNet, dict[str, Any]]:
-    """The network, trained, and the run's result."""
-    learnt, held_out = trial_lesions(trial)
+def train_unet(trial: Trial, runs: Runs) -> dict[str, Any]:
+    """The run's result."""
+    learnt, held_out = load_lesions(
+        *(trial[name] for name in ("train", "test", "side", "dims", "device"))
+    )
     torch.manual_seed(trial["seed"])
     network = UNet(trial).to(trial["device"])
 
@@ -223,7 +218,7 @@ def train_unet(trial: Trial, runs: Runs) -> tuple[UNet, dict[str, Any]]:
         return soft_dice_loss(network(learnt.images[batch]), learnt.masks[batch])
 
     result = train_by_adam(trial, network, loss, runs)
-    return network, {"dice": dice(network, held_out), **result}
+    return {"dice": dice(network, held_out), **result}
 
 
 def train_by_adam(

@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from hyperconv_ext import HyperConv2d
-
 from .test_examples import ROOT
 
 Load = Callable[[str], ModuleType]
@@ -76,7 +74,7 @@ def test_dice_is_that_of_the_sets(segmentation: ModuleType) -> None:
     assert score == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("kind", ["conv", "hyper", "published", "centered", "both"])
+@pytest.mark.parametrize("kind", ["conv", "hyper", "published", "both"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_network_gives_logits_of_the_images_size(
     segmentation: ModuleType, kind: str, dims: int
@@ -165,34 +163,3 @@ def test_digits_need_their_files(load: Load, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         load("large_kernels").main(tiny(tmp_path))
     assert "--mnist: expected the folder of MNIST's files" in capsys.readouterr().err
-
-
-def test_resize_scores_other_grids(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resize = load("resize")
-    monkeypatch.setattr(resize, "GRIDS", ((7, 1), (13, 1)))
-    monkeypatch.setattr(resize, "SCALES", (1.0, 2.0))
-    files = resize.main([*tiny(tmp_path), "--side", "16"])
-    assert [path.name for path in files] == ["summary.md", "resize.png", "resize.svg"]
-    for row in rows(tmp_path):
-        scores = row["result"]["scores"]
-        assert [(grid, *row) for grid, row in scores.items()] == [
-            (grid, "1.0", "2.0") for grid in ("7", "13")
-        ]
-        assert scores["7"]["1.0"] == row["result"]["dice"]  # the network as it was trained
-
-
-@pytest.mark.parametrize("kind", ["conv", "hyper", "centered"])
-def test_a_resized_network_has_other_kernels_and_the_same_at_its_own_size(
-    segmentation: ModuleType, load: Load, kind: str
-) -> None:
-    resize = load("resize")
-    trial = {"dims": 2, "kind": kind, "kernel_size": 7, "features": 4, "backend": "auto"}
-    network = segmentation.UNet(trial).eval()
-    images = torch.randn(1, 1, 16, 16)
-    same, other = resize.resized(network, 7, 1), resize.resized(network, 9, 2)
-    torch.testing.assert_close(same(images), network(images))
-    layers = [module for module in other.modules() if isinstance(module, nn.Conv2d | HyperConv2d)]
-    assert {(layer.kernel_size, layer.dilation) for layer in layers} == {
-        ((9, 9), (2, 2)),
-        ((1, 1), (1, 1)),
-    }
