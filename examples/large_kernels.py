@@ -218,7 +218,15 @@ def collect(runs: Runs, task: str) -> tuple[dict[str, dict[int, Row]], float]:
 
 def task_section(task: str, rows: Mapping[str, Mapping[int, Row]], unit: float, trial: Trial) -> str:
     """The table of a task, and what was trained."""
-    header = ["layer", "k", SCORES[task], "parameters", "s per epoch", "of nn.Conv2d, k = 3", "peak MiB"]
+    header = [
+        "layer",
+        "k",
+        SCORES[task],
+        "parameters",
+        "CPU s per epoch",
+        "of nn.Conv2d, k = 3",
+        "peak MiB",
+    ]
     steps = -(-trial["train"] // trial["batch_size"])
     lines = [
         [
@@ -228,7 +236,7 @@ def task_section(task: str, rows: Mapping[str, Mapping[int, Row]], unit: float, 
             f"{row.parameters:,}",
             f"{row.seconds * unit * steps:.1f}",
             f"{row.seconds:.2f}",
-            f"{row.memory / 2**20:.0f}",
+            f"{row.memory / 2**20:.1f}",
         ]
         for name, sizes in rows.items()
         for size, row in sizes.items()
@@ -279,13 +287,16 @@ def write_report(runs: Runs, folder: Path, quick: bool) -> list[Path]:
     sections, figures = ["# Large kernels for nothing?"], []
     if quick:
         sections.append("Quick look: too little training to compare anything.")
+    tasks = []
     for task in KERNELS:
         trials = [trial for trial, _ in runs if trial["task"] == task and "rounds" not in trial]
         if trials:
+            tasks.append(task)
             rows, unit = collect(runs, task)
             sections.append(task_section(task, rows, unit, trials[0]))
             figures += draw(task, rows, folder)
-    command = f"{COMMAND} --mnist DIR" + " --quick" * quick
+    data = " --mnist DIR" if "digits" in tasks else ""
+    command = f"{COMMAND} --tasks {' '.join(tasks)}{data}" + " --quick" * quick
     return [write_summary(folder, "\n\n".join(sections), command), *figures]
 
 

@@ -89,7 +89,7 @@ def test_lesions_writes_its_grid_and_goes_on(
 ) -> None:
     lesions = load("lesions")
     monkeypatch.setattr(lesions, "KERNELS", (3,))
-    monkeypatch.setattr(lesions, "FEATURES", (2,))
+    monkeypatch.setattr(lesions, "FEATURES", (lesions.VOLUME_FEATURES,))
     arguments = [*tiny(tmp_path), "--volumes", "2", "--side", "16"]
     files = lesions.main(arguments)
     assert [path.name for path in files] == [
