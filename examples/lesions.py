@@ -150,8 +150,8 @@ def draw_task(side: int, folder: Path) -> list[Path]:
         figure = Figure(figsize=(8, 2.8), layout="constrained")
         panels = figure.subplots(2, 6).flat
         for panel, image, mask in zip(panels, examples.images, examples.masks, strict=True):
-            panel.imshow(image[0], cmap="gray")
-            panel.contour(mask[0], [0.5], colors=PALETTE[4], linewidths=1.2)
+            panel.imshow(image[0].numpy(), cmap="gray")
+            panel.contour(mask[0].numpy(), [0.5], colors=PALETTE[4], linewidths=1.2)
             panel.set_axis_off()
         return save_figure(figure, folder, "task")
 

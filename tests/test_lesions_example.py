@@ -84,6 +84,7 @@ def test_every_network_gives_logits_of_the_images_size(
     assert segmentation.UNet(trial)(images).shape == images.shape
 
 
+@pytest.mark.slow
 def test_lesions_writes_its_grid_and_goes_on(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
