@@ -112,6 +112,7 @@ def plan_trials(args: argparse.Namespace) -> list[Trial]:
                 )
                 for optimizer in args.optimizers
                 for kind in args.kinds
+                if "num_features" not in KINDS[kind].arguments
                 for features in ([None] if kind == TWIN else args.features)
                 for rate in rates[optimizer]
             ]
