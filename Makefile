@@ -75,7 +75,7 @@ bench: $(READY) $(ENGINE)
 # of its four files. What is finished is not run again.
 MNIST ?=
 ON_MNIST := mnist_noise kernels lenet denoise large_kernels
-ON_OTHER_DATA := training_speed lesions
+ON_OTHER_DATA := training_speed lesions motif
 experiments: $(READY) $(ENGINE)
 	@test -d "$(MNIST)" || { echo "MNIST: expected the folder of its four idx .gz files, got '$(MNIST)'; pass MNIST=DIR"; exit 2; }
 	set -e; for name in $(ON_MNIST); do $(BIN)/python examples/$$name.py --mnist "$(MNIST)" $(if $(QUICK),--quick); done

@@ -142,7 +142,8 @@ def measure(trial: Trial) -> dict[str, Any]:
     make_step = STEPS[trial["task"]]
     pairs = itertools.product(LABELS, trial["kernels"])
     networks = {f"{name}-{size}": with_layer(trial, name, size) for name, size in pairs}
-    steps = seconds_per_step(make_step, networks, trial["rounds"])
+    clock = time.process_time if trial["device"] == "cpu" else time.perf_counter
+    steps = seconds_per_step(make_step, networks, trial["rounds"], clock)
     memory = {name: peak_memory(make_step, network) for name, network in networks.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"seconds_per_step": steps, "peak_memory": memory, "seconds": seconds}

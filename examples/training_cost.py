@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -18,32 +17,30 @@ Trial = Mapping[str, Any]
 MakeStep = Callable[[Trial], Callable[[], None]]
 
 
-def seconds_per_step(make_step: MakeStep, trials: Mapping[str, Trial], rounds: int) -> dict[str, float]:
+def seconds_per_step(
+    make_step: MakeStep, trials: Mapping[str, Trial], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """The median of each network's steps, by the names of `trials`.
 
-    All take a step in turn, so that whatever else the machine does meets all of them alike. On a CPU
-    these are seconds of the processor, which a process does not spend while it waits for others; with
-    several threads they are the sum of all.
+    All take a step in turn, so that whatever else the machine does meets all of them alike.
 
     Args:
         make_step: builds a network and returns a step of its training, given the trial.
-        trials: of the networks.
+        trials: of the networks; their `device` says where.
         rounds: how many steps are timed, of each.
+        clock: `time.perf_counter`; or on a busy machine, for one thread of a CPU, `time.process_time`,
+            which stands still while a process waits for others.
     """
     steps = {name: make_step(trial) for name, trial in trials.items()}
-    clock = {
-        name: time.process_time if trial["device"] == "cpu" else time.perf_counter
-        for name, trial in trials.items()
-    }
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for count in tqdm(range(WARM_UP + rounds), desc="time", unit="round"):
         for name, step in steps.items():
-            start = clock[name]()
+            start = clock()
             step()
-            if clock[name] is not time.process_time:
+            if trials[name]["device"] != "cpu":
                 torch.cuda.synchronize()
             if count >= WARM_UP:
-                taken[name].append(clock[name]() - start)
+                taken[name].append(clock() - start)
     return {name: median(seconds) for name, seconds in taken.items()}
 
 

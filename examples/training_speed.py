@@ -3,40 +3,37 @@
     python examples/training_speed.py                     # minutes, on a machine that does nothing else
 
 The networks are those of `mnist_noise.py`. A step of each is timed in turn, so that whatever else the
-machine does meets all of them; the median counts, times the steps of an epoch. Memory is the most that a
-process of its own has needed beyond what it had before it built the network. The data are random: they
+machine does meets all of them; the median counts, times the steps of an epoch. Memory is the most that
+PyTorch's allocator holds while the network is built and trained for two steps. The data are random: they
 decide neither. Every run is appended to OUT/runs.jsonl, and one that is there is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import CLASSES, add_run_options, positive, prepare
 from experiments import Runs, add_report_options, interruptible, machine, parse, table, write_summary
 from hyperconv_ext import __version__
 from mnist_noise import build_network
+from training_cost import peak_memory, seconds_per_step
 
 COMMAND = "python examples/training_speed.py"
+PROTOCOL = 2  # counts up when the same settings would give other results
 QUICK: dict[str, Any] = {"steps": 5}
-WARM_UP = 2
 CONV, REFERENCE, PACKAGE = NETWORKS = ("conv", "reference", "package")
 
 
-def make_step(name: str, trial: Mapping[str, Any]) -> Callable[[], None]:
-    """A step of training with Adam; the network stands where the trial says."""
-    device = trial["device"]
+def make_step(trial: Mapping[str, Any]) -> Callable[[], None]:
+    """A step of training with Adam; `network` and `device` of the trial say what and where."""
+    name, device = trial["network"], trial["device"]
     torch.manual_seed(trial["seed"])
     kind = "conv" if name == CONV else "hyper"
     network = build_network(kind, REFERENCE if name == REFERENCE else trial["backend"]).to(device)
@@ -49,53 +46,16 @@ def make_step(name: str, trial: Mapping[str, Any]) -> Callable[[], None]:
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
-        if images.is_cuda:
-            torch.cuda.synchronize(device)
 
     return step
-
-
-def seconds_per_step(trial: Mapping[str, Any]) -> dict[str, float]:
-    """The median of each network, whose steps alternate."""
-    steps = {name: make_step(name, trial) for name in NETWORKS}
-    taken: dict[str, list[float]] = {name: [] for name in NETWORKS}
-    for count in tqdm(range(WARM_UP + trial["steps"]), desc="time", unit="round"):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if count >= WARM_UP:
-                taken[name].append(time.perf_counter() - start)
-    return {name: median(seconds) for name, seconds in taken.items()}
-
-
-def peak_memory(name: str, trial: Mapping[str, Any], threads: int) -> int:
-    """Bytes that building and training need at most, in a process that has done nothing else.
-
-    On a GPU those that PyTorch's allocator gave out; on a CPU those that Linux counts as resident.
-    """
-    torch.set_num_threads(threads)
-    before = _resident("VmRSS")
-    step = make_step(name, trial)
-    for _ in range(WARM_UP):
-        step()
-    if trial["device"] != "cpu":
-        return torch.cuda.max_memory_allocated(trial["device"])
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def run_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds per step and bytes, by network."""
     start = time.perf_counter()
-    memory = {}
-    for name in NETWORKS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            memory[name] = pool.submit(peak_memory, name, trial, torch.get_num_threads()).result()
-    steps = seconds_per_step(trial)
+    networks = {name: {**trial, "network": name} for name in NETWORKS}
+    steps = seconds_per_step(make_step, networks, trial["steps"], time.perf_counter)
+    memory = {name: peak_memory(make_step, network) for name, network in networks.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"seconds_per_step": steps, "peak_memory": memory, "seconds": seconds}
 
@@ -148,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse(parser, argv, QUICK)
     prepare(args)
     try:
-        runs = Runs(args.out)
+        runs = Runs(args.out, PROTOCOL)
     except ValueError as error:
         parser.error(str(error))
     trial = {name: getattr(args, name) for name in ("seed", "train", "batch_size", "steps", "backend")}

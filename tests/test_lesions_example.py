@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_costs_are_measured_in_turn_and_at_their_peak(load: Load) -> None:
         return step
 
     trials = {str(size): {"size": size, "device": "cpu"} for size in (2**16, 2**18)}
-    found = cost.seconds_per_step(make_step, trials, rounds=2)
+    found = cost.seconds_per_step(make_step, trials, 2, itertools.count().__next__)
+    assert set(found.values()) == {1}
     assert set(found) == set(trials)
     assert order == [2**16, 2**18] * (cost.WARM_UP + 2)
     for trial in trials.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,7 +126,6 @@ def test_smoothing_blurs_kernels_and_tunes_the_norms_again(noise: ModuleType) ->
     assert all(map(torch.equal, before, network.parameters()))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.slow
 def test_speed_is_measured_once(noise: ModuleType, tmp_path: Path) -> None:
     speed = importlib.import_module("training_speed")

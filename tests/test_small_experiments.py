@@ -193,3 +193,35 @@ def test_the_crossover_is_where_the_modules_cross(
     for k, fewer in ((size, True), (size - 1, False)):
         ordinary, hyper = parameters.measured(parameters.Size(dims, k, channels, depthwise, 4))
         assert (hyper < ordinary) == fewer
+
+
+def test_a_motif_is_learned(example: Callable[[str], Any], tmp_path: Path) -> None:
+    motif = example("motif")
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--seeds", "1"]
+    files = motif.main([*arguments, "--sequences", "32", "512", "--epochs", "150"])
+    assert [path.name for path in files] == ["summary.md", "motif.png", "motif.svg"]
+    results = {
+        (trial["kind"], trial["sequences"]): result
+        for trial, result in example("experiments").Runs(tmp_path)
+    }
+    best = motif.best_known(8.0, 1)
+    for kind, parameters in (("nn.Conv1d", 32), ("HyperConv1d", 378)):
+        found = results[kind, 512]
+        assert found["parameters"] == parameters
+        assert 0.85 < found["accuracy"] < best + 0.02
+        kernel = torch.tensor(found["kernel"])
+        shifted = nn.functional.conv1d(kernel[None, None], motif.motif()[None, None], padding=10)
+        assert shifted.amax() / kernel.norm() > 0.5  # wherever it is in the kernel
+    before = [path.read_bytes() for path in files]
+    assert motif.main([*arguments, "--report-only"]) == files
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_the_motif_lies_in_its_sequence(example: Callable[[str], Any]) -> None:
+    """Noise apart, in each once, forward where the label says so."""
+    motif = example("motif")
+    sequences, labels = motif.make_sequences(64, 1e4, seed=0)
+    assert sequences.shape == (64, 1, motif.LENGTH) and 0 < labels.mean() < 1
+    answers = nn.functional.conv1d(sequences, motif.motif()[None, None]).amax((1, 2)) / 1e4
+    assert (answers[labels == 1] - 1).abs().max() < 1e-2
+    assert answers[labels == 0].max() < 0.7
