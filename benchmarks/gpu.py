@@ -97,7 +97,8 @@ def parts(out: Path, quick: bool, capability: str, sanitizer: str) -> list[Part]
     missing = [name for package, names in NEEDS.items() if not installed(package) for name in names]
     ignored = [f"--ignore=tests/test_{name}.py" for name in (*ELSEWHERE, *missing)]
     # Not the gate once more, and the host's time alone: seven busy neighbours would be measured, too.
-    others = "not host_time and not ((test_operators or test_hyper_operator) and (cuda or triton))"
+    gate = " or ".join(Path(name).stem for name in GATE)
+    others = f"not host_time and not (({gate}) and (cuda or triton))"
     alone = ("tests/test_launches.py", "-k", "host_time")
     # The allocator hands out parts of large blocks, within which no access is out of bounds, and memory
     # that earlier tensors initialised. Triton's compilers are processes that need no sanitizer.

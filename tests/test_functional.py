@@ -125,7 +125,7 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "cuda", "algorithm": "direct"},
         PlanError,
-        "algorithm='direct' is not one of backend='cuda' (cuda: basis, …; name",
+        "algorithm='direct' is not one of backend='cuda' (cuda: basis/wgmma, …; name",
     ),
     ({"backend": "reference", "algorithm": "basis"}, PlanError, "algorithm='basis'…'reference'…;"),
 ]
