@@ -42,10 +42,11 @@ from experiments import (
     plot_band,
     save_figure,
     table,
+    train_by_adam,
     write_summary,
 )
 from hyperconv_ext import HyperConv2d, HyperConvTranspose2d
-from mnist_subset import add_mnist_options, by_kind, plan_twins, setting, train_by_adam
+from mnist_subset import add_mnist_options, by_kind, plan_twins, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

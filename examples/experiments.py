@@ -259,6 +259,28 @@ def train(
     return losses, seconds
 
 
+def train_by_adam(
+    network: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    trial: Trial,
+    checkpoint: Checkpoint,
+    label: str,
+) -> tuple[list[float], float]:
+    """`train` by Adam; the trial has rate, train, batch_size, epochs, seed, and decay if not 0."""
+    decay = trial.get("decay", 0.0)
+    return train(
+        network,
+        torch.optim.Adam(network.parameters(), lr=trial["rate"], weight_decay=decay),
+        loss,
+        trial["train"],
+        batch_size=trial["batch_size"],
+        epochs=trial["epochs"],
+        seed=trial["seed"],
+        checkpoint=checkpoint,
+        label=label,
+    )
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png and NAME.svg, the same bytes when drawn again; their paths. Draw within `STYLE`, too."""
     import matplotlib
@@ -319,6 +341,7 @@ def carry_out(
     args: argparse.Namespace,
     plan: Callable[[argparse.Namespace], Plan],
     report: Callable[[Runs, Path], list[Path]],
+    protocol: int = 1,
 ) -> list[Path]:
     """An experiment of independent trials: run those that are not stored yet, then report on all.
 
@@ -327,13 +350,14 @@ def carry_out(
         args: its namespace, with the options of `add_experiment_options`.
         plan: the trials, and what runs one; not called with `--report-only`.
         report: writes its files for the stored runs into a folder.
+        protocol: of the runs.
 
     Returns:
         The report's files.
     """
     prepare(args)
     try:
-        stored = Runs(args.out)
+        stored = Runs(args.out, protocol)
         planned = None if args.report_only else plan(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -31,12 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import CLASSES, Data, load_mnist, positive, prepare
+from common import CLASSES, Data, load_mnist, positive
 from experiments import (
     PALETTE,
     STYLE,
+    Checkpoint,
+    Plan,
     Runs,
     add_experiment_options,
+    carry_out,
     interruptible,
     parse,
     save_figure,
@@ -51,8 +54,8 @@ from segmentation import (
     Trial,
     UNet,
     adam_step,
+    learn,
     make_layer,
-    train_by_adam,
     train_unet,
     unet_step,
 )
@@ -111,7 +114,7 @@ def load_digits(folder: Path, device: str) -> Data:
     return load_mnist(folder).to(torch.device(device))
 
 
-def train_classifier(trial: Trial, folder: Path, runs: Runs) -> dict[str, Any]:
+def train_classifier(trial: Trial, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The run's result, on MNIST's files in `folder`."""
     data = load_digits(folder, trial["device"])
     torch.manual_seed(trial["seed"])
@@ -120,7 +123,7 @@ def train_classifier(trial: Trial, folder: Path, runs: Runs) -> dict[str, Any]:
     def loss(batch: Tensor) -> Tensor:
         return F.cross_entropy(network(data.train_images[batch]), data.train_labels[batch])
 
-    result = train_by_adam(trial, network, loss, runs)
+    result = learn(trial, network, loss, checkpoint)
     network.eval()
     images, labels = data.test_images[: trial["test"]], data.test_labels[: trial["test"]]
     with torch.no_grad():
@@ -176,13 +179,24 @@ def plan_trials(args: argparse.Namespace) -> list[dict[str, Any]]:
     return measured + [{**trial, "seed": seed} for seed in seeds for trial in trained]
 
 
-def run_trial(trial: Trial, runs: Runs, folder: Path) -> dict[str, Any]:
+def run_trial(trial: Trial, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """The result; `folder` holds MNIST's files."""
     if "rounds" in trial:
         return measure(trial)
     if trial["task"] == "lesions":
-        return train_unet(trial, runs)
-    return train_classifier(trial, folder, runs)
+        return train_unet(trial, checkpoint)
+    return train_classifier(trial, folder, checkpoint)
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """All trials.
+
+    Raises:
+        FileNotFoundError, ValueError: from `load_mnist`.
+    """
+    if "digits" in args.tasks:
+        load_digits(args.mnist, str(args.device))
+    return plan_trials(args), lambda trial, checkpoint: run_trial(trial, checkpoint, args.mnist)
 
 
 class Row(NamedTuple):
@@ -327,19 +341,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args = parse(parser, argv, QUICK)
     if not args.report_only and "digits" in args.tasks and args.mnist is None:
         parser.error("--mnist: expected the folder of MNIST's files, got none; or --tasks lesions")
-    prepare(args)
-    try:
-        runs = Runs(args.out)
-        for trial in [] if args.report_only else plan_trials(args):
-            if runs.get(trial) is None:
-                runs.add(trial, run_trial(trial, runs, args.mnist))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not len(runs):
-        parser.error(f"--report-only: expected runs in {runs.path}, found none; run without it first")
-    files = write_report(runs, args.out, args.quick)
-    print(*files, sep="\n")
-    return files
+    return carry_out(parser, args, plan, lambda runs, folder: write_report(runs, folder, args.quick))
 
 
 if __name__ == "__main__":

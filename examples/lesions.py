@@ -21,12 +21,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import positive, prepare
+from common import positive
 from experiments import (
     PALETTE,
     STYLE,
+    Plan,
     Runs,
     add_experiment_options,
+    carry_out,
     interruptible,
     parse,
     save_figure,
@@ -194,6 +196,17 @@ def check_side(option: str, side: int, widest: int) -> None:
         )
 
 
+def plan(args: argparse.Namespace) -> Plan:
+    """All trials.
+
+    Raises:
+        ValueError: from `check_side`.
+    """
+    check_side("--side", args.side, max(KERNELS))
+    check_side("--volume-side", args.volume_side, max(KERNELS))
+    return plan_trials(args), train_unet
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -216,21 +229,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run what is missing, write the report and return its files."""
     parser = build_parser()
     args = parse(parser, argv, QUICK)
-    prepare(args)
-    try:
-        check_side("--side", args.side, max(KERNELS))
-        check_side("--volume-side", args.volume_side, max(KERNELS))
-        runs = Runs(args.out)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    for trial in [] if args.report_only else plan_trials(args):
-        if runs.get(trial) is None:
-            runs.add(trial, train_unet(trial, runs))
-    if not len(runs):
-        parser.error(f"--report-only: expected runs in {runs.path}, found none; run without it first")
-    files = write_report(runs, args.out, args.quick)
-    print(*files, sep="\n")
-    return files
+    return carry_out(parser, args, plan, lambda runs, folder: write_report(runs, folder, args.quick))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import CLASSES, Images, load_images, positive
-from experiments import Checkpoint, Plan, add_experiment_options, carry_out, interruptible, parse, train
+from experiments import (
+    Checkpoint,
+    Plan,
+    add_experiment_options,
+    carry_out,
+    interruptible,
+    parse,
+    train_by_adam,
+)
 from hyperconv_ext import HyperConv2d, __version__
 from mnist_noise_report import write_report
 
@@ -190,23 +198,12 @@ def run_trial(trial: Mapping[str, Any], images: Images, checkpoint: Checkpoint) 
     torch.manual_seed(trial["seed"])
     network = build_network(trial["kind"], trial["backend"]).to(images.train.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), lr=trial["rate"], weight_decay=trial["decay"])
 
     def loss(batch: Tensor) -> Tensor:
         return F.cross_entropy(network(images.train[batch]), images.train_labels[batch])
 
     label = f"{trial['kind']}, seed {trial['seed']}"
-    losses, seconds = train(
-        network,
-        optimizer,
-        loss,
-        trial["train"],
-        batch_size=trial["batch_size"],
-        epochs=trial["epochs"],
-        seed=trial["seed"],
-        checkpoint=checkpoint,
-        label=label,
-    )
+    losses, seconds = train_by_adam(network, loss, trial, checkpoint, label)
     start = time.perf_counter()
     curves = {trial["kind"]: robustness(network, images, trial["noisy"], label)}
     if trial["kind"] == "conv":

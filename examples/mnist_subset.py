@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import Data, load_images, positive
-from experiments import Checkpoint, Plan, Runs, Trial, train
+from experiments import Checkpoint, Plan, Runs, Trial, train_by_adam
 
 
 def add_mnist_options(parser: argparse.ArgumentParser, train: int, test: int) -> None:
@@ -67,27 +66,6 @@ def by_kind(stored: Runs, kinds: Iterable[str]) -> dict[str, list[dict[str, Any]
     for trial, result in sorted(stored, key=lambda run: run[0]["seed"]):
         found[trial["kind"]].append(result)
     return found
-
-
-def train_by_adam(
-    network: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    trial: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    label: str,
-) -> tuple[list[float], float]:
-    """Minimise the loss of examples, given their indices, as the trial says; see `experiments.train`."""
-    return train(
-        network,
-        torch.optim.Adam(network.parameters(), lr=trial["rate"]),
-        loss,
-        trial["train"],
-        batch_size=trial["batch_size"],
-        epochs=trial["epochs"],
-        seed=trial["seed"],
-        checkpoint=checkpoint,
-        label=label,
-    )
 
 
 def train_classifier(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import Runs, train
+from experiments import Checkpoint, Trial, train_by_adam
 from hyperconv_ext import HyperConv2d, HyperConv3d
-
-Trial = Mapping[str, Any]
 
 CONV = "conv"
 KINDS = {
@@ -206,7 +204,7 @@ def load_lesions(train: int, test: int, side: int, dims: int, device: str) -> tu
     return first, second
 
 
-def train_unet(trial: Trial, runs: Runs) -> dict[str, Any]:
+def train_unet(trial: Trial, checkpoint: Checkpoint) -> dict[str, Any]:
     """The run's result."""
     learnt, held_out = load_lesions(
         *(trial[name] for name in ("train", "test", "side", "dims", "device"))
@@ -217,25 +215,15 @@ def train_unet(trial: Trial, runs: Runs) -> dict[str, Any]:
     def loss(batch: Tensor) -> Tensor:
         return soft_dice_loss(network(learnt.images[batch]), learnt.masks[batch])
 
-    result = train_by_adam(trial, network, loss, runs)
+    result = learn(trial, network, loss, checkpoint)
     return {"dice": dice(network, held_out), **result}
 
 
-def train_by_adam(
-    trial: Trial, network: nn.Module, loss: Callable[[Tensor], Tensor], runs: Runs
+def learn(
+    trial: Trial, network: nn.Module, loss: Callable[[Tensor], Tensor], checkpoint: Checkpoint
 ) -> dict[str, Any]:
     """Minimise `loss`, as `experiments.train` takes it; what every run stores beside its score."""
-    losses, seconds = train(
-        network,
-        torch.optim.Adam(network.parameters(), lr=trial["rate"]),
-        loss,
-        trial["train"],
-        batch_size=trial["batch_size"],
-        epochs=trial["epochs"],
-        seed=trial["seed"],
-        checkpoint=runs.checkpoint(trial),
-        label=describe(trial),
-    )
+    losses, seconds = train_by_adam(network, loss, trial, checkpoint, describe(trial))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return {"losses": losses, "parameters": parameters, "seconds": round(seconds, 1)}
 

@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from experiments import Trial
+
 WARM_UP = 2  # steps that are not timed
-Trial = Mapping[str, Any]
 MakeStep = Callable[[Trial], Callable[[], None]]
 
 

@@ -19,8 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from common import CLASSES, add_run_options, positive, prepare
-from experiments import Runs, add_report_options, interruptible, machine, parse, table, write_summary
+from common import CLASSES, add_run_options, positive
+from experiments import (
+    Plan,
+    Runs,
+    add_report_options,
+    carry_out,
+    interruptible,
+    machine,
+    parse,
+    table,
+    write_summary,
+)
 from hyperconv_ext import __version__
 from mnist_noise import build_network
 from training_cost import peak_memory, seconds_per_step
@@ -58,6 +68,13 @@ def run_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
     memory = {name: peak_memory(make_step, network) for name, network in networks.items()}
     seconds = round(time.perf_counter() - start, 1)
     return {"seconds_per_step": steps, "peak_memory": memory, "seconds": seconds}
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """One trial, of this machine."""
+    trial = {name: getattr(args, name) for name in ("seed", "train", "batch_size", "steps", "backend")}
+    trial |= {"device": str(args.device), "machine": machine(), "version": __version__}
+    return [trial], lambda trial, _: run_trial(trial)
 
 
 def write_report(runs: Runs, folder: Path) -> Path:
@@ -106,18 +123,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, unless that is stored, write the summary and return its path."""
     parser = build_parser()
     args = parse(parser, argv, QUICK)
-    prepare(args)
-    try:
-        runs = Runs(args.out, PROTOCOL)
-    except ValueError as error:
-        parser.error(str(error))
-    trial = {name: getattr(args, name) for name in ("seed", "train", "batch_size", "steps", "backend")}
-    trial |= {"device": str(args.device), "machine": machine(), "version": __version__}
-    if not args.report_only and runs.get(trial) is None:
-        runs.add(trial, run_trial(trial))
-    if not len(runs):
-        parser.error(f"--report-only: expected a run in {runs.path}, found none; run without it first")
-    summary = write_report(runs, args.out)
+    (summary,) = carry_out(
+        parser, args, plan, lambda runs, folder: [write_report(runs, folder)], PROTOCOL
+    )
     print(summary.read_text(encoding="utf-8"))
     return summary
 

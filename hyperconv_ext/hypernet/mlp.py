@@ -288,9 +288,8 @@ class CoordinateMLP(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(
-            destination, "_metadata"
-        ):  # beside nn.Module's version: no entry that loaders stumble over
+        # Beside nn.Module's version: an entry of the state would be one that loaders stumble over.
+        if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["weight_gain"] = self.weight_gain
 
     def _load_from_state_dict(
