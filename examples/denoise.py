@@ -56,6 +56,7 @@ QUICK: dict[str, Any] = {"seeds": 1, "epochs": 1, "train": 2000, "test": 500}
 TRAINED = 0.5  # deviation of the noise in training; images are in [0, 1]
 TESTED = (0.25, 0.5, 0.75, 1.0)
 WIDTHS = (1, 16, 32)
+FEATURES = 4
 NOISE_SEED = 2008  # of the noise that all are tested with
 SHOWN = 6  # held-out images
 
@@ -118,7 +119,8 @@ def run_trial(trial: Mapping[str, Any], data: Data, checkpoint: Checkpoint) -> d
     kind = KINDS[trial["kind"]]
     layers: Any = kind.convolution, kind.transposed
     if trial["kind"] == "HyperConv2d":
-        layers = [partial(layer, backend=trial["backend"]) for layer in layers]
+        options = {"num_features": FEATURES, "backend": trial["backend"]}
+        layers = [partial(layer, **options) for layer in layers]
     torch.manual_seed(trial["seed"])
     network = build_network(*layers).to(data.train_images.device)
 

@@ -50,6 +50,7 @@ COMMAND = "python examples/lenet.py --mnist DIR"
 QUICK: dict[str, Any] = {"seeds": 1, "epochs": 1, "train": 3000, "test": 1000}
 COLOURS = {"nn.Conv2d": ORDINARY, "HyperConv2d": HYPER}
 KERNEL = 5
+FEATURES = 4
 
 
 def build_network(convolution: Callable[..., nn.Module]) -> nn.Sequential:
@@ -73,7 +74,8 @@ def build_network(convolution: Callable[..., nn.Module]) -> nn.Sequential:
 def run_trial(trial: Mapping[str, Any], data: Data, checkpoint: Checkpoint) -> dict[str, Any]:
     """Train and test one network."""
     ordinary = trial["kind"] == "nn.Conv2d"
-    convolution = nn.Conv2d if ordinary else partial(HyperConv2d, backend=trial["backend"])
+    hyper = partial(HyperConv2d, num_features=FEATURES, backend=trial["backend"])
+    convolution = nn.Conv2d if ordinary else hyper
     torch.manual_seed(trial["seed"])
     network = build_network(convolution).to(data.train_images.device)
     losses, seconds = train_classifier(network, data, trial, checkpoint, trial["kind"])

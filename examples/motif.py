@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 COMMAND = "python examples/motif.py"
 QUICK: dict[str, Any] = {"seeds": 1, "epochs": 50, "sequences": [64, 256]}
 COLOURS = {"nn.Conv1d": ORDINARY, "HyperConv1d": HYPER}
+FEATURES = 4
 WAVE = 31  # positions of the motif, and taps of the kernel
 LENGTH = 128  # of a sequence
 TEST = 4000
@@ -116,7 +117,8 @@ def run_trial(trial: Mapping[str, Any], _: object) -> dict[str, Any]:
     """Train a detector and test it."""
     start = time.perf_counter()
     torch.manual_seed(trial["seed"])
-    made: Any = {"nn.Conv1d": nn.Conv1d, "HyperConv1d": partial(HyperConv1d, backend=trial["backend"])}
+    hyper = partial(HyperConv1d, num_features=FEATURES, backend=trial["backend"])
+    made: Any = {"nn.Conv1d": nn.Conv1d, "HyperConv1d": hyper}
     detector = Detector(made[trial["kind"]](1, 1, WAVE)).to(trial["device"])
     sequences, labels = make_sequences(trial["sequences"], trial["signal"], 2 * trial["seed"])
     sequences, labels = sequences.to(trial["device"]), labels.to(trial["device"])

@@ -34,7 +34,7 @@ CHANNELS = (1, 4, 16, 64, 256)
 FEATURES = (2, 4, 8, 16)
 KERNELS = {1: (1, 3, 5, 7, 11, 15, 31, 127, 1025), 2: (1, 3, 5, 7, 11, 15, 31), 3: (1, 3, 5, 7, 11)}
 DRAWN = (4, 16, 64, 256)
-USUAL = 4  # features, of the layers' default
+USUAL = 4  # features, where one number is shown
 
 
 @dataclass(frozen=True)
