@@ -164,7 +164,11 @@ class UNet(nn.Module):
         pairs = itertools.pairwise(reversed(WIDTHS))
         self.up = nn.ModuleList(block(below + here, here) for below, here in pairs)
         self.pool = _POOLINGS[dims](2)
-        self.head = _LAYERS[dims][0](WIDTHS[0], 1, 1)
+        head: Any = _LAYERS[dims][0](WIDTHS[0], 1, 1)
+        # Inputs are not negative: with negative weights alone no logit exceeds the bias, which falls.
+        while (head.weight < 0).all():
+            head.reset_parameters()
+        self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""

@@ -85,6 +85,13 @@ def test_every_network_gives_logits_of_the_images_size(
     assert segmentation.UNet(trial)(images).shape == images.shape
 
 
+def test_a_network_can_find_a_lesion_whatever_its_seed(segmentation: ModuleType) -> None:
+    trial = {"dims": 2, "kind": "both", "kernel_size": 3, "features": 4, "backend": "auto"}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert segmentation.UNet(trial).head.weight.max() > 0
+
+
 @pytest.mark.slow
 def test_lesions_writes_its_grid_and_goes_on(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
