@@ -8,7 +8,7 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import MappingProxyType
@@ -279,6 +279,22 @@ def train_by_adam(
         checkpoint=checkpoint,
         label=label,
     )
+
+
+@torch.no_grad()
+def retake_averages(network: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """`network`, the averages of its BatchNorm2d taken again, over the batches alike.
+
+    What is done to kernels after training is to be compared, not a network that is out of tune by it.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the plain average over the batches
+    network.train()
+    for batch in batches:
+        network(batch)
+    return network
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:

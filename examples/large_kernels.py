@@ -184,7 +184,7 @@ def run_trial(trial: Trial, checkpoint: Checkpoint, folder: Path) -> dict[str, A
     if "rounds" in trial:
         return measure(trial)
     if trial["task"] == "lesions":
-        return train_unet(trial, checkpoint)
+        return train_unet(trial, checkpoint)[1]
     return train_classifier(trial, folder, checkpoint)
 
 

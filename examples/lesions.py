@@ -204,7 +204,7 @@ def plan(args: argparse.Namespace) -> Plan:
     """
     check_side("--side", args.side, max(KERNELS))
     check_side("--volume-side", args.volume_side, max(KERNELS))
-    return plan_trials(args), train_unet
+    return plan_trials(args), lambda trial, checkpoint: train_unet(trial, checkpoint)[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,6 +39,7 @@ from experiments import (
     carry_out,
     interruptible,
     parse,
+    retake_averages,
     train_by_adam,
 )
 from hyperconv_ext import HyperConv2d, __version__
@@ -107,14 +108,19 @@ class Block(nn.Module):
 
 
 def build_network(kind: str, backend: str) -> nn.Sequential:
-    """Four stages of two blocks on images `[B, 1, 28, 28]`, each of half the side and twice as wide.
+    """The network of a kind."""
+    return residual_network(lambda width: KINDS[kind](width, backend))
 
-    As in the published one, the third stage alone ends without a norm and a ReLU.
+
+def residual_network(convolution: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Four stages of two blocks, each of half the side and twice as wide, for images `[B, 1, H, W]`.
+
+    As in the published one, the third stage alone ends without a norm and a ReLU. The last pooling
+    leaves one pixel, of MNIST's 28 by 28 as of any size from 8 on.
+
+    Args:
+        convolution: one from so many channels to as many, which keeps the size of its input.
     """
-
-    def convolution(width: int) -> nn.Module:
-        return KINDS[kind](width, backend)
-
     layers: list[nn.Module] = [nn.Conv2d(1, WIDTHS[0], 1)]
     for width in WIDTHS:
         layers += [Block(width, convolution), Block(width, convolution)]
@@ -122,7 +128,8 @@ def build_network(kind: str, backend: str) -> nn.Sequential:
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
         if width != WIDTHS[-1]:
             layers += [nn.Conv2d(width, 2 * width, 1, bias=False), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), nn.Linear(WIDTHS[-1], CLASSES))
+    pool = nn.AdaptiveMaxPool2d(1)
+    return nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(WIDTHS[-1], CLASSES))
 
 
 def salt_and_pepper(images: Tensor, amount: float, random: torch.Generator) -> Tensor:
@@ -171,8 +178,7 @@ def robustness(network: nn.Module, images: Images, noisy: int, label: str) -> di
 def smooth(network: nn.Module, deviation: float, images: Tensor) -> nn.Module:
     """A copy whose wide kernels are blurred by a Gaussian over their taps, as if the outermost went on.
 
-    The batch norms' averages are taken again from `images`: kernels that are smooth are to be compared,
-    not a network that is out of tune.
+    The batch norms' averages are taken again from `images`.
     """
     smoothed = copy.deepcopy(network)
     reach = torch.arange(-2, 3, device=images.device)
@@ -184,13 +190,7 @@ def smooth(network: nn.Module, deviation: float, images: Tensor) -> nn.Module:
             kernels = layer.weight.flatten(0, 1)[:, None]
             blurred = F.conv2d(F.pad(kernels, (2, 2, 2, 2), mode="replicate"), blur)
             layer.weight.copy_(blurred.view_as(layer.weight))
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
-            layer.momentum = None  # the plain average over the batches
-    smoothed.train()
-    for part in images.split(EVALUATED):
-        smoothed(part)
-    return smoothed
+    return retake_averages(smoothed, images.split(EVALUATED))
 
 
 def run_trial(trial: Mapping[str, Any], images: Images, checkpoint: Checkpoint) -> dict[str, Any]:

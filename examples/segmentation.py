@@ -1,4 +1,4 @@
-"""Synthetic lesions and the U-Net that finds them, for `lesions.py` and `large_kernels.py`.
+"""Synthetic lesions and the U-Net that finds them, for `lesions.py`, `large_kernels.py`, `resize.py`.
 
 A lesion is a soft ellipse, or ellipsoid, of random place, size and contrast. The background is smooth
 waves, tubes as bright and as thick as lesions, which only their shape tells from one, and white noise.
@@ -125,7 +125,7 @@ def make_layer(trial: Trial, inputs: int, outputs: int) -> nn.Module:
     """A convolution of the trial's kind, which keeps the size of its input and has no bias.
 
     Where N is large the hyper-network is at least as wide, since N functions of fewer hidden units would
-    depend on each other.
+    depend on each other. `coordinates` is the layer's own where the trial does not name it.
     """
     plain, hyper = _LAYERS[trial["dims"]]
     kind, kernel_size, features = trial["kind"], trial["kernel_size"], trial["features"]
@@ -140,6 +140,7 @@ def make_layer(trial: Trial, inputs: int, outputs: int) -> nn.Module:
         num_features=features,
         hidden_features=(max(16, features),) * 2,
         parametrization="published" if kind == "published" else "orthonormal",
+        coordinates=trial.get("coordinates"),
         backend=trial["backend"],
     )
     if kind != "both":
@@ -208,8 +209,8 @@ def load_lesions(train: int, test: int, side: int, dims: int, device: str) -> tu
     return first, second
 
 
-def train_unet(trial: Trial, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The run's result."""
+def train_unet(trial: Trial, checkpoint: Checkpoint) -> tuple[UNet, dict[str, Any]]:
+    """The trained network and the run's result."""
     learnt, held_out = load_lesions(
         *(trial[name] for name in ("train", "test", "side", "dims", "device"))
     )
@@ -220,7 +221,7 @@ def train_unet(trial: Trial, checkpoint: Checkpoint) -> dict[str, Any]:
         return soft_dice_loss(network(learnt.images[batch]), learnt.masks[batch])
 
     result = learn(trial, network, loss, checkpoint)
-    return {"dice": dice(network, held_out), **result}
+    return network, {"dice": dice(network, held_out), **result}
 
 
 def learn(
