@@ -127,17 +127,39 @@ def test_smoothing_blurs_kernels_and_tunes_the_norms_again(noise: ModuleType) ->
 
 
 @pytest.mark.slow
-def test_speed_is_measured_once(noise: ModuleType, tmp_path: Path) -> None:
+def test_speed_is_measured_once(
+    noise: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     speed = importlib.import_module("training_speed")
+    small = tuple(
+        (network, settings | {"batch_size": 2, "side": 8}, sizes[:1])
+        for network, settings, sizes in speed.MEASURED
+    )
+    monkeypatch.setattr(speed, "MEASURED", small)
+    monkeypatch.setattr(speed, "peak_memory", lambda _, trial: trial["kernel_size"])  # has its own test
     threads = torch.get_num_threads()
     arguments = (
-        f"--quick --out {tmp_path} --batch-size 2 --steps 1 --device cpu --threads {threads}".split()
+        f"--quick --out {tmp_path} --steps 1 --clock processor --device cpu --threads {threads}".split()
     )
     summary = speed.main(arguments).read_text(encoding="utf-8")
-    (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
-    result = json.loads(line)["result"]
-    for measured in (result["seconds_per_step"], result["peak_memory"]):
-        assert set(measured) == set(speed.NETWORKS)
-        assert min(measured.values()) > 0
-    assert "| HyperConv2d, backend 'reference' |" in summary
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    found = [(row["trial"]["network"], row["trial"]["dims"]) for row in rows]
+    assert found == [("classifier", 2), ("U-Net", 2), ("U-Net", 3)]
+    for row in rows:
+        for measured in (row["result"]["seconds_per_step"], row["result"]["peak_memory"]):
+            assert set(measured) == set(speed.NETWORKS)
+            assert min(measured.values()) > 0
+    for size in (speed.KERNEL, speed.KERNELS[0]):
+        assert f"| {size} | HyperConv2d, backend 'reference' |" in summary
+    assert "| 3 | HyperConv3d, backend 'auto' |" in summary
+    monkeypatch.setattr(speed, "run_trial", None)  # what is stored is not run again
     assert speed.main(arguments).read_text(encoding="utf-8") == summary
+
+
+def test_the_processors_clock_times_a_cpu_alone(
+    noise: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments = f"--out {tmp_path} --clock processor --device cuda".split()
+        importlib.import_module("training_speed").main(arguments)
+    assert "--clock: expected wall on cuda, got processor" in capsys.readouterr().err
