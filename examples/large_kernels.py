@@ -42,6 +42,7 @@ from experiments import (
     carry_out,
     interruptible,
     parse,
+    retake_averages,
     save_figure,
     table,
     write_summary,
@@ -115,7 +116,10 @@ def load_digits(folder: Path, device: str) -> Data:
 
 
 def train_classifier(trial: Trial, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The run's result, on MNIST's files in `folder`."""
+    """The run's result, on MNIST's files in `folder`.
+
+    In so few steps the averages of the batch norms lag behind the network, so they are taken again.
+    """
     data = load_digits(folder, trial["device"])
     torch.manual_seed(trial["seed"])
     network = classifier(trial).to(trial["device"])
@@ -124,7 +128,7 @@ def train_classifier(trial: Trial, folder: Path, checkpoint: Checkpoint) -> dict
         return F.cross_entropy(network(data.train_images[batch]), data.train_labels[batch])
 
     result = learn(trial, network, loss, checkpoint)
-    network.eval()
+    retake_averages(network, data.train_images[: trial["train"]].split(EVALUATED)).eval()
     images, labels = data.test_images[: trial["test"]], data.test_labels[: trial["test"]]
     with torch.no_grad():
         found = torch.cat([network(part).argmax(1) for part in images.split(EVALUATED)])
