@@ -74,7 +74,7 @@ bench: $(READY) $(ENGINE)
 # The experiments of docs/experiments, hours; with QUICK=1 a first look at each, minutes. MNIST is the folder
 # of its four files. What is finished is not run again.
 MNIST ?=
-ON_MNIST := mnist_noise kernels lenet denoise large_kernels
+ON_MNIST := mnist_noise kernels lenet denoise large_kernels resize
 ON_OTHER_DATA := training_speed lesions motif
 experiments: $(READY) $(ENGINE)
 	@test -d "$(MNIST)" || { echo "MNIST: expected the folder of its four idx .gz files, got '$(MNIST)'; pass MNIST=DIR"; exit 2; }

@@ -228,15 +228,21 @@ def collect(runs: Iterable[tuple[Trial, Mapping[str, Any]]], task: str) -> Cells
     return cells
 
 
+def layers_of(cells: Cells) -> list[str]:
+    """Those that were run."""
+    found = {name for name, _, _ in cells}
+    return [name for name in LAYERS if name in found]
+
+
 def scores_table(cells: Cells) -> str:
     """A row for each scale and grid; for each layer, both ways to keep the norms."""
     header = ["images", "kernel", "reach"]
-    header += [f"{name}{what}" for name in LAYERS for what in ("", ", tuned")]
+    header += [f"{name}{what}" for name in layers_of(cells) for what in ("", ", tuned")]
     rows = []
     for scale in SCALES:
         for grid in GRIDS:
             row = [f"{scale:g} times", grid_name(grid), f"{reach(grid):.2f}"]
-            for name in LAYERS:
+            for name in layers_of(cells):
                 both = zip(*cells[name, grid_name(grid), str(scale)], strict=True)
                 row += [mean_and_deviation(seeds, 3) for seeds in both]
             rows.append(row)
@@ -248,34 +254,42 @@ def draw_task(task: str, cells: Cells, panels: Sequence[Axes]) -> None:
     left, right = panels
     sizes = [size for size, dilation in GRIDS if dilation == 1]
 
-    def curves(name: str, places: Iterable[tuple[Grid, float]]) -> list[tuple[float, ...]]:
-        """Of each seed, with averages taken again."""
-        columns = [[tuned for _, tuned in cells[name, grid_name(g), str(s)]] for g, s in places]
+    def curves(name: str, places: Sequence[tuple[Grid, float]], tuned: bool) -> list[tuple[float, ...]]:
+        """Of each seed."""
+        columns = [[both[tuned] for both in cells[name, grid_name(g), str(s)]] for g, s in places]
         return list(zip(*columns, strict=True))
 
-    for name, layer in LAYERS.items():
+    by_size = [((size, 1), 1.0) for size in sizes]
+    still = [((KERNEL, 1), scale) for scale in SCALES]
+    follow = [(following(scale), scale) for scale in SCALES]
+    for name in layers_of(cells):
         style: Any = {"color": COLOURS[name], "marker": "o", "markersize": 4}
-        plot_band(left, sizes, curves(name, [((k, 1), 1.0) for k in sizes]), label=name, **style)
-        kept = curves(name, [((KERNEL, 1), scale) for scale in SCALES])
-        plot_band(right, SCALES, kept, linestyle=":", label=f"{name}, kernel of {KERNEL}", **style)
-        if layer["coordinates"] != "centered":
-            followed = curves(name, [(following(scale), scale) for scale in SCALES])
-            plot_band(right, SCALES, followed, label=f"{name}, kernel that follows", **style)
-    left.set(xticks=sizes, xlabel=f"kernel size [taps an axis], trained at {KERNEL}", title=task)
-    right.set(xticks=SCALES, xlabel="side of the images, by that in training", title=task)
+        plot_band(left, sizes, curves(name, by_size, True), label=name, **style)
+        plot_band(right, SCALES, curves(name, still, True), linestyle=":", **style)
+        if LAYERS[name]["coordinates"] != "centered":  # whose larger kernels are not enlarged ones
+            plot_band(right, SCALES, curves(name, follow, True), **style)
+            plot_band(right, SCALES, curves(name, follow, False), linestyle="--", **style)
+    left.set(xticks=sizes, xlabel=f"kernel size [taps an axis], trained at {KERNEL}")
+    right.set(xticks=SCALES, xlabel="side of the images, by that in training")
+    left.set_title(f"{task}, images as in training")
+    right.set_title(f"{task}, images resized")
     left.set_ylabel(f"{SCORES[task]}, held-out")
 
 
 def draw(tasks: Mapping[str, Cells]) -> Figure:
     """A row of two panels for each task."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(9, 3.4 * len(tasks)), layout="constrained")
     places = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
     for (task, cells), panels in zip(tasks.items(), places, strict=True):
         draw_task(task, cells, panels)
-    for panel in places[0]:
-        panel.legend(fontsize=7)
+    places[0, 0].legend(fontsize=7)
+    kinds: dict[Any, str] = {":": f"kernel of {KERNEL}, norms tuned", "-": "kernel follows, norms tuned"}
+    kinds["--"] = "kernel follows, norms as trained"
+    lines = [Line2D([], [], color="0.3", linestyle=style) for style in kinds]
+    places[0, 1].legend(lines, kinds.values(), fontsize=7)
     return figure
 
 
@@ -283,7 +297,7 @@ def write_report(runs: Runs, folder: Path, quick: bool) -> list[Path]:
     """The summary and the figure; the paths of all."""
     import matplotlib
 
-    tasks = {task: collect(runs, task) for task in SCORES}
+    tasks = {task: cells for task in SCORES if (cells := collect(runs, task))}
     trial, _ = next(iter(runs))
     seeds = len({trial["seed"] for trial, _ in runs})
     parts = ["# One learned function at other kernel sizes"]
@@ -311,7 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Networks trained with 7x7 kernels, evaluated with kernels of other sizes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_mnist_options(parser, train=2_000, test=500)
+    add_mnist_options(parser, train=2_000, test=250)
     parser.set_defaults(batch_size=16, rate=3e-3)
     add_experiment_options(parser, "resize", epochs=4, seeds=3)
     return parser
