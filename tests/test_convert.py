@@ -17,6 +17,7 @@ from hyperconv_ext import BasisTable, HyperConv2d, convert, materialize
 from hyperconv_ext.conversion.enlarge import enlarged
 from hyperconv_ext.conversion.padding import PaddedHyperConv2d, PadsInput, pad_input
 from hyperconv_ext.conversion.source import Source, source_of
+from hyperconv_ext.fitting import Kernels
 from hyperconv_ext.modules import HyperConvNd
 
 from .converting import (
@@ -360,6 +361,20 @@ def test_fit_keeps_the_function_and_reports_its_error() -> None:
     assert (model(x) - expected).norm() < 0.4 * (expected - expected.mean()).norm()
     materialize(model)
     assert "fit_result" not in vars(model[0])
+
+
+def test_kernels_are_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposed = []
+    usual = Kernels.__init__
+
+    def init(self: Kernels, weight: Tensor) -> None:
+        decomposed.append(weight)
+        usual(self, weight)
+
+    monkeypatch.setattr(Kernels, "__init__", init)
+    model = nn.Sequential(smooth(nn.Conv2d(12, 12, 5), 2.5))
+    assert quietly(model, init="fit", max_error=0.3).converted
+    assert len(decomposed) == 1
 
 
 def test_each_layer_gets_the_smallest_rank_for_an_error() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from hyperconv_ext import HyperConv1d, HyperConv2d, LazyHyperConv2d, convert, materialize
 from hyperconv_ext.conversion.padding import PaddedConv1d, PaddedConv2d, PaddedHyperConv2d
@@ -337,3 +337,35 @@ def test_a_copy_is_folded_and_the_model_is_not() -> None:
     other: Any = materialize(model, inplace=False, fuse_batch_norm=True)
     assert type(other.norm) is nn.Identity and type(model.conv) is HyperConv2d
     assert all(torch.equal(tensor, twin[name]) for name, tensor in model.state_dict().items())
+
+
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: prune.l1_unstructured(layer, "coefficients", amount=0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", amount=0.5),
+        lambda layer: nn.utils.weight_norm(layer, "coefficients"),
+        lambda layer: nn.utils.spectral_norm(layer, "coefficients"),
+        lambda layer: parametrizations.weight_norm(layer, "coefficients"),
+        lambda layer: parametrize.register_parametrization(layer, "bias", Doubled()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_what_computes_a_parameter_is_in_the_weight(compute: Any) -> None:
+    """And computes nothing any more; other hooks stay."""
+    layer = HyperConv2d(4, 8, 5).eval()
+    compute(layer)
+    seen: list[Any] = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    input = torch.randn(2, 4, 9, 9)
+    expected = layer(input).detach()
+    materialize(layer)
+    assert type(layer) is nn.Conv2d and list(layer.state_dict()) == ["weight", "bias"]
+    assert_same(layer(input), expected)
+    layer(input).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters()) and len(seen) == 3

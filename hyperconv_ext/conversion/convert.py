@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 
 from .. import modules
 from ..checks import check_bool, check_name
+from ..fitting import Kernels
 from ..modules import HyperConvNd
-from ..modules.exchange import NotReached, check_sole, least_rank
+from ..modules.exchange import NotReached, check_sole, from_conv, kernels_of, least_rank
 from .enlarge import enlarged
 from .padding import PaddedHyperConv1d, PaddedHyperConv2d, PaddedHyperConv3d
 from .report import (
@@ -195,15 +196,18 @@ class _Plan(NamedTuple):
         new, limit = source.conv.kernel_size, self.max_error
         if prod(new) == 1 and not self.force:
             raise Left(f"a {times(new)} kernel has one tap, of which nothing can be saved")
-        rank = self.rank if limit is None else least_rank(source.conv, limit, options)
+        kernels, rank = None, self.rank
+        if limit is not None:
+            kernels = kernels_of(source.conv.weight)
+            rank = least_rank(kernels, limit, options)
         if not self.force:  # before anything is fitted
             meta = plain(source.conv, weight=_without_numbers(source.conv.weight))
-            drawn = _made(source._replace(conv=meta), options, rank=rank, init="match")
+            drawn = _made(source._replace(conv=meta), options, rank, None, "match")
             self._check_gain(source, module, drawn)
         if limit is None:
-            return _made(source, options, rank=rank, init=self.init)
+            return _made(source, options, rank, None, self.init)
         try:
-            layer = _made(source, options, max_error=limit)
+            layer = _made(source, options, None, limit, "fit", kernels)
         except NotReached as reached:
             best = reached.best
             raise Left(
@@ -228,10 +232,18 @@ class _Plan(NamedTuple):
             )
 
 
-def _made(source: Source, options: dict[str, Any], **how: Any) -> HyperConvNd:
-    """The hyper-convolution of these options; `how`: what `from_conv` is told beside them."""
+def _made(
+    source: Source,
+    options: dict[str, Any],
+    rank: int | None,
+    max_error: float | None,
+    init: str,
+    kernels: Kernels | None = None,
+) -> HyperConvNd:
+    """The hyper-convolution of these options; the rest as `exchange.from_conv` takes it."""
     conv = source.conv
-    layer = _layer_class(conv, source.padded).from_conv(conv, **how, **options)
+    kind = _layer_class(conv, source.padded)
+    layer: Any = from_conv(kind, conv, rank, max_error, init, False, options, kernels)
     if source.padded:
         layer.input_padding = source.input_padding
     if conv.bias is not None:

@@ -25,7 +25,8 @@ def materialize(model: nn.Module, *, inplace: bool = True, fuse_batch_norm: bool
     Quantisation, ONNX, TorchScript and whatever else knows PyTorch's own layers then works as ever. The
     modules stay the same objects, as in `convert`, so that what was shared still is; device, dtype,
     training flag, requires_grad, bias, memory format and hooks of the call are kept, too. The weight is
-    an ordinary parameter, which no optimizer knows yet.
+    an ordinary parameter, which no optimizer knows yet. Parametrizations, weight norm, spectral norm and
+    pruning of a layer are in it as they are at the moment, and are gone.
 
     A hyper-convolution made of a layer that pads its input at run time becomes an nn.ConvNd that does,
     `hyperconv_ext.conversion.padding.PaddedConv2d` for example.
@@ -61,6 +62,7 @@ def materialize(model: nn.Module, *, inplace: bool = True, fuse_batch_norm: bool
         layers = {n: m for n, m in model.named_modules() if isinstance(m, HyperConvNd)}
         made = [(layer, _dense(name, layer)) for name, layer in layers.items()]
         for layer, conv in made:
+            _forget_computed(layer)
             become(layer, conv)
         if fuse_batch_norm:
             reasons = fold_batch_norms(model, dict(layers))
@@ -85,7 +87,7 @@ def _dense(name: str, layer: Any) -> nn.Module:
             f"one of its own, which no nn.ConvNd has; replace the layer by hand"
         )
     conv: Any = layer.to_conv()
-    if layer.bias is not None:
+    if isinstance(layer.bias, nn.Parameter):  # else computed, as by a parametrization
         conv.bias = layer.bias
     if isinstance(layer, PadsInput):
         object.__setattr__(conv, "__class__", _PADDED[conv.weight.dim() - 3])
@@ -93,4 +95,15 @@ def _dense(name: str, layer: Any) -> nn.Module:
     return conv
 
 
+def _forget_computed(layer: Any) -> None:
+    """Take off the hooks by which torch.nn.utils computes parameters, and what they have computed."""
+    for name in ("coefficients", "bias"):
+        vars(layer).pop(name, None)
+    for name, hooks in vars(layer).items():
+        if "_hooks" in name and isinstance(hooks, dict):
+            for key in [key for key, hook in hooks.items() if type(hook).__module__ in _COMPUTING]:
+                del hooks[key]
+
+
+_COMPUTING = tuple(f"torch.nn.utils.{name}" for name in ("prune", "spectral_norm", "weight_norm"))
 _PACKAGE = __name__.partition(".")[0] + "."

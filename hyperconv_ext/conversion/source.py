@@ -120,10 +120,12 @@ def _check_parameters(layer: _ConvNd) -> None:
     names, weight = set(layer._parameters), layer._parameters.get("weight")
     if weight is not None and is_lazy(weight):
         raise Left("lazy and not initialised; call the model once before")
-    if hasattr(layer, "parametrizations") or weight is None or not isinstance(weight, nn.Parameter):
+    parametrized = getattr(layer, "parametrizations", {})
+    if parametrized or weight is None or not isinstance(weight, nn.Parameter):
+        computed = " and ".join(parametrized) or "weight"
         raise Left(
-            f"its weight is computed ({', '.join(sorted(names - {'bias'})) or 'by its class'}); remove "
-            f"the parametrization, weight norm, spectral norm or pruning before"
+            f"its {computed} is computed ({', '.join(sorted(names - {'bias'})) or 'by its class'}); "
+            f"remove the parametrization, weight norm, spectral norm or pruning before"
         )
     others = sorted(name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
     others += sorted(name for name, _ in layer.named_buffers())

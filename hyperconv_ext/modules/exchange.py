@@ -69,10 +69,21 @@ def to_conv(layer: HyperConvNd) -> nn.Module:
         if layer._channels_last and layout.remembers_channels_last(weight.shape):
             weight = layout.as_channels_last(weight)
         conv: Any = dense_class(layer)(**_settings(layer), device="meta")
-        conv.weight = nn.Parameter(weight, requires_grad=layer.coefficients.requires_grad)
+        conv.weight = nn.Parameter(weight, requires_grad=_trains(layer, "coefficients"))
         if layer.bias is not None:
-            conv.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+            conv.bias = nn.Parameter(layer.bias.detach().clone(), _trains(layer, "bias"))
     return conv.train(layer.training)
+
+
+def _trains(layer: Any, name: str) -> bool:
+    """Whether the parameter, or one from which torch.nn.utils computes it, requires gradients."""
+    own = layer._parameters.get(name)
+    if own is not None:
+        return own.requires_grad
+    sources = [value for key, value in layer._parameters.items() if key.startswith(f"{name}_")]
+    if name in getattr(layer, "parametrizations", {}):
+        sources += layer.parametrizations[name].parameters()
+    return any(source.requires_grad for source in sources)
 
 
 def from_conv(
@@ -83,8 +94,9 @@ def from_conv(
     init: str,
     progress: bool,
     options: dict[str, Any],
+    kernels: fitting.Kernels | None = None,
 ) -> HyperConvNd:
-    """See `HyperConvNd.from_conv`."""
+    """See `HyperConvNd.from_conv`; `kernels`: those of `conv`, if they have been decomposed already."""
     check_name("init", init, INITS)
     weight, bias = _checked(cls, conv)
     if max_error is not None:
@@ -96,7 +108,7 @@ def from_conv(
             if not without_numbers(weight):
                 _match(layer, weight)
         else:
-            kernels = _kernels(weight)
+            kernels = kernels_of(weight) if kernels is None else kernels
             attempt = partial(_fitted, make, kernels, options.get("hypernet") is None, progress)
             if max_error is None:
                 layer = attempt(rank)
@@ -115,12 +127,13 @@ def from_conv(
     return layer.train(conv.training)
 
 
-def least_rank(conv: Any, max_error: float, options: dict[str, Any]) -> int | None:
+def least_rank(kernels: fitting.Kernels, max_error: float, options: dict[str, Any]) -> int | None:
     """The first rank that `from_conv` tries for this error; None where a hypernet decides on it."""
-    return _ranks(_kernels(conv.weight), max_error, options)[0]
+    return _ranks(kernels, max_error, options)[0]
 
 
-def _kernels(weight: Tensor) -> fitting.Kernels:
+def kernels_of(weight: Tensor) -> fitting.Kernels:
+    """`weight` decomposed, to be fitted to."""
     if without_numbers(weight):
         raise ValueError(
             f"conv: expected a weight to fit to, got one without numbers on {weight.device}; "
