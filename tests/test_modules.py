@@ -141,7 +141,7 @@ def test_arguments_in_the_order_of_conv2d() -> None:
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)
     assert {p.name: p.default for p in rest} == {
         "hidden_features": (16, 16),
-        "num_features": 4,
+        "num_features": None,
         "activation": None,
         "weight_bias": True,
         "weight_norm": None,

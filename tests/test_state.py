@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,8 +21,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from hyperconv_ext import (
     CoordinateMLP,
     HyperConv2d,
+    HyperConv3d,
     HyperConvTranspose2d,
     HyperConvTranspose3d,
+    LazyHyperConv2d,
     LazyHyperConvTranspose2d,
     convert,
     functional,
@@ -349,7 +352,7 @@ def test_exported_coordinates_are_computed(strict: bool, device) -> None:
 
 def test_spacing_of_the_taps_is_saved() -> None:
     """A kernel sampled at other distances is another function of its parameters."""
-    wide = HyperConv2d(3, 4, 5).with_kernel_size(3, dilation=2)
+    wide = HyperConv2d(3, 4, 5, num_features=4).with_kernel_size(3, dilation=2)
     state = wide.state_dict()
     assert state["tap_spacing"].tolist() == [2, 2]
     assert "tap_spacing" not in HyperConv2d(3, 4, 3, dilation=2).state_dict()
@@ -376,7 +379,7 @@ def test_a_state_means_the_same_function_at_every_kernel_size(
 
 
 def test_spacing_survives_a_state_without_numbers() -> None:
-    wide = HyperConv2d(3, 4, 5).with_kernel_size(3, dilation=2)
+    wide = HyperConv2d(3, 4, 5, num_features=4).with_kernel_size(3, dilation=2)
     state = {name: value.to("meta") for name, value in wide.state_dict().items()}
     wide.load_state_dict(state, assign=True)
     assert wide.tap_spacing == (2, 2)
@@ -434,3 +437,26 @@ def test_a_given_mlp_keeps_its_parameters() -> None:
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     layer.reset_parameters()
     assert not torch.equal(before["layers.0.weight"], network.layers[0].weight)
+
+
+def test_more_features_for_many_taps() -> None:
+    """The default of 25 taps and more; a state of another N says what to do."""
+    sizes = {(5, 5): 8, (2, 12): 4, (3, 3): 4, (1, 25): 8}
+    assert {size: HyperConv2d(2, 3, size).num_features for size in sizes} == sizes
+    assert HyperConv3d(2, 3, 3).num_features == LazyHyperConv2d(3, 5).num_features == 8
+    assert HyperConv2d(2, 3, 5, parametrization="published").num_features == 4
+    for features, text in ((None, ""), (8, ""), (4, ", num_features=4")):
+        layer = HyperConv2d(2, 3, 5, num_features=features)
+        assert layer.extra_repr() == f"2, 3, kernel_size=(5, 5){text}"
+    for parametrization in PARAMETRIZATIONS:
+        options: dict[str, Any] = {"parametrization": parametrization, "num_features": 3}
+        state = HyperConv2d(2, 3, 5, **options).state_dict()
+        for layer in (
+            HyperConv2d(2, 3, 5, parametrization=parametrization),
+            LazyHyperConv2d(3, 5, parametrization=parametrization),
+        ):
+            expected = (
+                f"expected a state of num_features={layer.num_features}, got one of 3; make the layer"
+            )
+            with pytest.raises(RuntimeError, match=expected):
+                layer.load_state_dict(state, strict=False)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import functional, layout, ops, planner
 from ..backends.reference import materialize_weight
@@ -37,7 +38,7 @@ from ..taps import check_coordinate_name
 from . import exchange
 from .description import described
 from .inference import KernelKeeper, convolve_by_kept, keeps_kernel, kept_kernel
-from .start import DEFAULTS, PARAMETRIZATIONS, draw, network
+from .start import DEFAULTS, PARAMETRIZATIONS, draw, network, usual_features
 from .weight import REMEDY, read_only
 
 _Layer = TypeVar("_Layer", bound="HyperConvNd")
@@ -95,7 +96,7 @@ class HyperConvNd(nn.Module, ABC):
         device: Any,
         dtype: Any,
         hidden_features: Sequence[int],
-        num_features: int,
+        num_features: int | None,
         activation: str | None,
         weight_bias: bool,
         weight_norm: str | None,
@@ -135,7 +136,8 @@ class HyperConvNd(nn.Module, ABC):
         own = hypernet is None
         if hypernet is None:
             chosen = usual_activation if activation is None else activation
-            hypernet = network(self, hidden_features, num_features, chosen, first, factory)
+            features = usual_features(self) if num_features is None else num_features
+            hypernet = network(self, hidden_features, features, chosen, first, factory)
         self.hypernet = hypernet
         # Of no columns until the hyper-network has told how many: it may ask on which device it is.
         self.coefficients = nn.Parameter(torch.empty(*shape, 0, **factory))
@@ -241,7 +243,27 @@ class HyperConvNd(nn.Module, ABC):
                 f"{self.parametrization!r}, got one {got}; make the layer with parametrization={other!r}"
                 + ("" if mixed else " (versions before it was introduced had that form)")
             )
+        self._check_features(state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_features(self, state_dict: Any, prefix: str, errors: list[str]) -> None:
+        """Name the remedy where a state is of another N, beside the sizes that differ."""
+        tensors = (state_dict.get(prefix + name) for name in ("mixing.weight", "coefficients"))
+        mixing, columns = (
+            () if tensor is None or is_lazy(tensor) else tensor.shape for tensor in tensors
+        )
+        got = (
+            mixing[1]
+            if len(mixing) == 2
+            else columns[2] - self.weight_bias
+            if len(columns) == 3
+            else None
+        )
+        if got not in (None, self.num_features) and isinstance(self.hypernet, CoordinateMLP):
+            errors.append(
+                f"{prefix}coefficients: expected a state of num_features={self.num_features}, "
+                f"got one of {got}; make the layer with num_features={got}"
+            )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse `torch.jit.script`, which does not understand custom operators of this kind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .start import DEFAULTS
+from .start import DEFAULTS, usual_features
 
 if TYPE_CHECKING:
     from .base import HyperConvNd
@@ -29,7 +29,8 @@ def described(layer: HyperConvNd) -> str:
         "algorithm": "auto",
     }
     if layer.hidden_features is not None:  # of a module that was given they are its own
-        defaults |= {"hidden_features": (16, 16), "num_features": 4, "activation": activation}
+        defaults |= {"hidden_features": (16, 16), "activation": activation}
+        defaults["num_features"] = usual_features(layer)
     for name, default in defaults.items():
         if (value := getattr(layer, name)) != default:
             text += f", {name}={value!r}"

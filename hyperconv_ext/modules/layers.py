@@ -36,7 +36,7 @@ class _HyperConv(HyperConvNd):
         dtype: Any = None,
         *,
         hidden_features: Sequence[int] = (16, 16),
-        num_features: int = 4,
+        num_features: int | None = None,
         activation: str | None = None,
         weight_bias: bool = True,
         weight_norm: str | None = None,
@@ -124,7 +124,7 @@ class _HyperConvTranspose(HyperConvNd):
         dtype: Any = None,
         *,
         hidden_features: Sequence[int] = (16, 16),
-        num_features: int = 4,
+        num_features: int | None = None,
         activation: str | None = None,
         weight_bias: bool = True,
         weight_norm: str | None = None,
@@ -216,7 +216,8 @@ class HyperConv2d(_HyperConv):
         bias, padding_mode, device, dtype: as in `nn.Conv2d`.
         hidden_features: widths of the MLP's hidden layers.
         num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
-            one) the rank R of the kernel over its taps.
+            one) the rank R of the kernel over its taps. None is 8 for kernels of 25 taps and more, else
+            and in the published form 4.
         activation: after every layer of the MLP: `'sine'` (None means this), `'leaky_relu'` (slope
             0.1), `'relu'`, `'gelu'`, `'silu'`, `'tanh'`.
         weight_bias: give the last linear layer, features -> weights, a bias: one more column of

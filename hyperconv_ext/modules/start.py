@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PARAMETRIZATIONS = ("orthonormal", "published")
 # What `parametrization` decides where an argument is left out: (activation, coordinates).
 DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
+# N where it is left out: from so many taps on more, since there 5 functions learn less than nn.ConvNd.
+_FEATURES, _MANY_TAPS, _MORE_FEATURES = 4, 25, 8
 # Of the first layer's weights: in radians per half kernel by the number of functions (see `_frequency`),
 # but at least so many radians per tap. Learned kernels are mostly of low frequencies; functions that are
 # smooth over all of a large kernel, though, see no detail.
@@ -31,6 +33,12 @@ _SHARE = 0.25
 # The answer to white noise is (functions / taps)^0.25 times nn.ConvNd's, but no less than the second
 # number: kernels that are smooth amplify what is smooth, and the signal would grow from layer to layer.
 _TEMPER, _LEAST = 0.25, 0.52
+
+
+def usual_features(layer: HyperConvNd) -> int:
+    """N where `num_features` is left out."""
+    few = layer.parametrization == "published" or math.prod(layer.kernel_size) < _MANY_TAPS
+    return _FEATURES if few else _MORE_FEATURES
 
 
 def network(
