@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from common import load_images, positive, prepare
 from experiments import Runs, add_experiment_options, interruptible, parse
+from hyperconv_ext import HyperConv2d
 from learning_report import Run, write_report
 from learning_trials import (
     BANK_KERNEL,
@@ -123,9 +124,16 @@ def plan_trials(args: argparse.Namespace) -> list[Trial]:
                 for norm in args.norms
                 for optimizer in args.optimizers
                 for kind in args.kinds
+                if not _is_default(kind, kernel_size)
                 for rate in rates[optimizer]
             ]
     return list(dict.fromkeys(trials))
+
+
+def _is_default(kind: str, kernel_size: int) -> bool:
+    """Whether the kind names the N which the default has for this kernel, so that it would run twice."""
+    features = KINDS[kind].arguments.get("num_features")
+    return features is not None and features == HyperConv2d(1, 1, kernel_size).num_features
 
 
 def _check_kernels(kernels: Sequence[int], side: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .. import functional, layout, ops, planner
 from ..backends.reference import materialize_weight
@@ -39,6 +38,7 @@ from . import exchange
 from .description import described
 from .inference import KernelKeeper, convolve_by_kept, keeps_kernel, kept_kernel
 from .start import DEFAULTS, PARAMETRIZATIONS, draw, network, usual_features
+from .states import refuse_other_kinds
 from .weight import REMEDY, read_only
 
 _Layer = TypeVar("_Layer", bound="HyperConvNd")
@@ -232,38 +232,8 @@ class HyperConvNd(nn.Module, ABC):
         spacing = state_dict.pop(f"{prefix}tap_spacing", None)
         if spacing is not None and not spacing.is_meta:
             self.__dict__["tap_spacing"] = tuple(spacing.tolist())
-        # The same parameters mean another kernel: refused where missing keys are not, too.
-        mixed = any(f"{prefix}mixing.{name}" in state_dict for name in ("weight", "bias"))
-        if f"{prefix}coefficients" in state_dict and mixed != (self.mixing is not None):
-            expected, got = ("with", "without")[mixed], ("without", "with")[mixed]
-            other = PARAMETRIZATIONS[not mixed]
-            *_, errors = args
-            errors.append(
-                f"{prefix}mixing: expected a state {expected} it for parametrization="
-                f"{self.parametrization!r}, got one {got}; make the layer with parametrization={other!r}"
-                + ("" if mixed else " (versions before it was introduced had that form)")
-            )
-        self._check_features(state_dict, prefix, args[-1])
+        refuse_other_kinds(self, state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_features(self, state_dict: Any, prefix: str, errors: list[str]) -> None:
-        """Name the remedy where a state is of another N, beside the sizes that differ."""
-        tensors = (state_dict.get(prefix + name) for name in ("mixing.weight", "coefficients"))
-        mixing, columns = (
-            () if tensor is None or is_lazy(tensor) else tensor.shape for tensor in tensors
-        )
-        got = (
-            mixing[1]
-            if len(mixing) == 2
-            else columns[2] - self.weight_bias
-            if len(columns) == 3
-            else None
-        )
-        if got not in (None, self.num_features) and isinstance(self.hypernet, CoordinateMLP):
-            errors.append(
-                f"{prefix}coefficients: expected a state of num_features={self.num_features}, "
-                f"got one of {got}; make the layer with num_features={got}"
-            )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse `torch.jit.script`, which does not understand custom operators of this kind."""
