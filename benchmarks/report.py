@@ -92,8 +92,9 @@ def _machine(document: Mapping[str, Any]) -> str:
     brand = facts.get("cpu", {}).get("brand_raw") or "CPU"
     return (
         f"{facts['threads']} threads of an {brand} ({facts['instructions']}), torch {facts['torch']}, "
-        f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`. Forward is a call in "
-        f"evaluation, without gradients: a layer keeps its kernel, as nn.ConvNd has its own."
+        f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`. By default a layer has "
+        f"N = 8 from 25 taps on. Forward is a call in evaluation, without gradients: a layer keeps its "
+        f"kernel, as nn.ConvNd has its own."
     )
 
 

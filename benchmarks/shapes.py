@@ -208,6 +208,10 @@ CPU: tuple[Entry, ...] = (
     *((shape, "fp32") for shape in (*_CPU_VOLUME, *_CPU_SEQUENCE)),
     *((shape, "fp32") for shape in _with_kernels(CPU_STAGES, 15)),
     *((shape, "bf16") for shape in _with_kernels(_MIDDLE, 3, 5, 7, 11, 31)),
-    *((shape, "fp32") for shape in _with_features(_with_kernels(_MIDDLE, 5, 7, 11), 16)),
+    *(
+        (shape, "fp32")
+        for kernels, features in (((5, 7, 11, 31), 8), ((5, 7, 11), 16))
+        for shape in _with_features(_with_kernels(_MIDDLE, *kernels), features)
+    ),
 )
 SHAPES: dict[str, Shape] = {shape.name: shape for shape, _ in (*GPU, *CPU)}

@@ -27,7 +27,6 @@ from common import CLASSES, Data, add_run_options, load_mnist, positive, prepare
 from hyperconv_ext import HyperConv2d
 
 WIDTHS = (16, 32)
-FEATURES = 4
 HELD_OUT = 0.25
 
 
@@ -159,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     twins: dict[str, Callable[..., nn.Module]] = {
-        "HyperConv2d": partial(HyperConv2d, num_features=FEATURES, backend=args.backend),
+        "HyperConv2d": partial(HyperConv2d, backend=args.backend),
         "nn.Conv2d": nn.Conv2d,
     }
     data = data.to(args.device)

@@ -167,7 +167,7 @@ def test_modules_reset_one_by_one_start_as_well(device) -> None:
     assert not torch.allclose(layer.weight, before)
     check_gains(layer)
     basis = layer.basis().flatten(1)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(5, device=device), rtol=0, atol=1e-4)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(9, device=device), rtol=0, atol=1e-4)
 
 
 def test_resetting_a_copy_leaves_the_original_alone(device) -> None:
@@ -227,7 +227,8 @@ def test_the_functions_are_the_smooth_ones(kernel_size: int, bound: float, devic
     means = []
     for seed in range(5):
         torch.manual_seed(seed)
-        functions = HyperConv2d(8, 8, kernel_size, device=device).basis()[:-1].detach().double().cpu()
+        layer = HyperConv2d(8, 8, kernel_size, num_features=4, device=device)
+        functions = layer.basis()[:-1].detach().double().cpu()
         powers = (waves @ functions @ waves.T).square().sum(0).flatten() / 4
         assert powers.sum().item() == pytest.approx(1, rel=1e-4)
         means.append((powers @ frequencies).item())
