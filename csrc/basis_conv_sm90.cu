@@ -8,47 +8,19 @@
 // The channels are the rows of the first product, so that its left operand is the patch: of another unit in
 // every warp, while all of them share the bands. movmatrix turns z' into the left operand of the second product
 // in registers. z of the next 16 channels is on its way before y of these begins, and runs beside it.
-#include <cuda.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "launch.cuh"
-#include "lattice.cuh"
-#include "ptx_sm90.cuh"
-#include "tensor_map.h"
+#include "squares.cuh"
 
 namespace hyperconv {
 namespace {
 
-constexpr int kRanks = 5;            // basis functions, the last ones zero where there are fewer
-constexpr int kColumns = 16 * kRanks;
-constexpr int kBandStep = 16 * kColumns * 2;  // bytes of the bands for 16 positions of the patch
-constexpr int kGroups = 2;                    // consumers
-constexpr int kSide = 8;                      // outputs of a consumer, along both axes
-constexpr int kBox = 64;                      // channels of a copy: 128 bytes
-constexpr int kThreads = 128 * (kGroups + 1);
-
-// A unit of 16 outputs, kHeight x kWidth; the patch is laid out kPatchWidth wide, in kSteps times 16 positions;
-// the halo of a consumer in kHaloHeight rows of kPitch positions, a multiple of eight, for the swizzle of a
-// lane's rows to be the same throughout.
-template <int kUnitHeight, int kUnitWidth, int kPatchWidth, int kPatchSteps, int kHaloHeight, int kHaloPitch,
-          int kHaloStages>
-struct Shape {
-  static constexpr int kHeight = kUnitHeight, kWidth = kUnitWidth, kPatch = kPatchWidth,
-                       kSteps = kPatchSteps, kRows = kHaloHeight, kPitch = kHaloPitch, kStages = kHaloStages;
-  static constexpr int kHaloBytes = kRows * kPitch * 2 * kBox;
-  static constexpr int kBandBytes = kSteps * kBandStep;
-  static_assert(kHeight * kWidth == kUnit && kPitch % 8 == 0 && kHaloBytes % 1024 == 0);
-};
-using Five = Shape<4, 4, 8, 4, 12, 16, 2>;     // kernels up to 5 x 5
-using Seven = Shape<8, 2, 8, 7, 14, 16, 2>;    // up to 7 x 7
-using Eleven = Shape<4, 4, 16, 14, 18, 24, 1>;  // up to 11 x 11
-
 struct Parameters {
   Lattice map;
   const void *bands, *packed, *bias;  // `prepare_cores`; bias: [out], or null
-  int squares_w, squares_h, squares;  // squares of outputs, those of all images
+  Squares squares;
 };
 
 // Bytes of shared memory: halos and staged outputs first, whose swizzle wants multiples of 1024.
@@ -56,32 +28,18 @@ template <class S, int kC>
 struct Layout {
   // A is resident, or streams through a ring of blocks of 16 channels.
   static constexpr bool kResident = kC == kBox;
+  static constexpr int kStages = S::kHaloBytes > 32 * 1024 ? 1 : 2;  // halos of a consumer
   static constexpr int kBlocks = kC / 16, kBlockBytes = kRanks * 16 * kC * 2;
-  static constexpr int kRing = kResident ? 1 : S::kStages + 1;
+  static constexpr int kRing = kResident ? 1 : kStages + 1;
   static constexpr int kWeightBytes = (kResident ? kBlocks : kRing) * kBlockBytes;
-  static constexpr int kOut = kGroups * S::kStages * S::kHaloBytes;
+  static constexpr int kOut = kGroups * kStages * S::kHaloBytes;
   static constexpr int kOutBytes = kUnit * kC * 2;  // of a warp
   static constexpr int kBands = kOut + kGroups * 4 * kOutBytes;
   static constexpr int kWeights = kBands + S::kBandBytes;
   static constexpr int kBarriers = kWeights + kWeightBytes;
-  static constexpr int kBarrierCount = 1 + 2 * kGroups * S::kStages + 2 * kRing;
-  static constexpr int kAlignment = 1024;
+  static constexpr int kBarrierCount = 1 + 2 * kGroups * kStages + 2 * kRing;
   static constexpr int kBytes = kBarriers + 8 * kBarrierCount + kAlignment;
-  static_assert(kBytes <= 227 * 1024);
-};
-
-// Position in a ring, and the parity of the phase that this round waits for.
-template <int kSize>
-struct Ring {
-  int at = 0;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Ring(uint32_t parity) : parity(parity) {}
-  __device__ __forceinline__ void advance() {
-    if (++at == kSize) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
+  static_assert(kBytes <= kSharedBytes);
 };
 
 template <typename T, class S, int kC>
@@ -90,16 +48,13 @@ class BasisConv {
 
  public:
   __device__ __forceinline__ BasisConv(const CUtensorMap* x, const CUtensorMap* y, const Parameters& p)
-      : x_(x), y_(y), p_(p) {
-    const uint32_t address = ptx::shared_address(ptx::dynamic_shared());
-    base_ = (address + L::kAlignment - 1) & ~(L::kAlignment - 1);
-  }
+      : x_(x), y_(y), p_(p), base_(aligned_base()) {}
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       ptx::mbarrier_init(constants(), 1);
       for (int g = 0; g < kGroups; ++g) {
-        for (int s = 0; s < S::kStages; ++s) {
+        for (int s = 0; s < L::kStages; ++s) {
           ptx::mbarrier_init(halo_full(g, s), 1);
           ptx::mbarrier_init(halo_empty(g, s), 4);
         }
@@ -125,38 +80,29 @@ class BasisConv {
   __device__ __forceinline__ uint32_t barrier(int i) const { return base_ + L::kBarriers + 8 * i; }
   __device__ __forceinline__ uint32_t constants() const { return barrier(0); }
   __device__ __forceinline__ uint32_t halo_full(int g, int s) const {
-    return barrier(1 + g * S::kStages + s);
+    return barrier(1 + g * L::kStages + s);
   }
   __device__ __forceinline__ uint32_t halo_empty(int g, int s) const {
-    return barrier(1 + (kGroups + g) * S::kStages + s);
+    return barrier(1 + (kGroups + g) * L::kStages + s);
   }
   __device__ __forceinline__ uint32_t weights_full(int s) const {
-    return barrier(1 + 2 * kGroups * S::kStages + s);
+    return barrier(1 + 2 * kGroups * L::kStages + s);
   }
   __device__ __forceinline__ uint32_t weights_empty(int s) const { return weights_full(L::kRing + s); }
   __device__ __forceinline__ uint32_t halo(int g, int s) const {
-    return base_ + (g * S::kStages + s) * S::kHaloBytes;
-  }
-
-  // First output of a square: width, height, image.
-  struct Square {
-    int w, h, n;
-  };
-  __device__ __forceinline__ Square square(int i) const {
-    const int row = i / p_.squares_w;
-    return {i % p_.squares_w * kSide, row % p_.squares_h * kSide, row / p_.squares_h};
+    return base_ + (g * L::kStages + s) * S::kHaloBytes;
   }
 
   // The copies in the order in which the consumers use them. A square beyond the last one is all zeros.
   __device__ __forceinline__ void produce() const {
     const int origin_h = phase_origin(p_.map.axis[1], 0), origin_w = phase_origin(p_.map.axis[2], 0);
-    Ring<S::kStages> stage(1);
+    Ring<L::kStages> stage(1);
     Ring<L::kRing> ring(1);
     bool first = true;
-    for (int i = blockIdx.x * kGroups; i < p_.squares; i += gridDim.x * kGroups) {
+    for (int i = blockIdx.x * kGroups; i < p_.squares.count; i += gridDim.x * kGroups) {
       for (int c = 0; c < kC; c += kBox) {
         for (int g = 0; g < kGroups; ++g) {
-          const Square at = square(i + g);
+          const auto at = p_.squares[i + g];
           ptx::mbarrier_wait(halo_empty(g, stage.at), stage.parity);
           ptx::mbarrier_expect(halo_full(g, stage.at), S::kHaloBytes);
           ptx::tensor_load(halo(g, stage.at), x_, c, at.w + origin_w, at.h + origin_h, at.n,
@@ -183,40 +129,18 @@ class BasisConv {
     }
   }
 
-  // What a lane holds of x' for 16 channels, from the halo: by its row of the first 8x8 matrices, the others
-  // are a constant further.
-  __device__ __forceinline__ void load(uint32_t (&patch)[S::kSteps][4], uint32_t row) const {
-    constexpr int kStep = (S::kPatch == 8 ? 2 * S::kPitch : S::kPitch) * 2 * kBox;
-#pragma unroll
-    for (int j = 0; j < S::kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kStep);
-  }
-
   __device__ __forceinline__ void consume(int group) const {
     const int lane = threadIdx.x % 32, unit = threadIdx.x / 32 % 4;
-    constexpr int kAcross = kSide / S::kWidth;
-    const int unit_h = unit / kAcross * S::kHeight, unit_w = unit % kAcross * S::kWidth;
-    // Matrices 0 and 1 of ldmatrix are eight positions by channels 0..7 and 8..15; 2 and 3 the next eight.
-    const int next = S::kPatch == 8 ? S::kPitch : 8;
-    const int column = unit_w + lane % 8;
-    const int position = unit_h * S::kPitch + column + lane / 16 * next;
-    const uint32_t row = position * 2 * kBox + ((lane / 8 % 2 ^ column % 8) << 4);
-    const uint64_t bands = ptx::core_descriptor(base_ + L::kBands, kColumns / 8 * 128);
+    const uint32_t row = patch_row<S>(unit, lane);
+    const uint64_t bands = band_descriptor(base_ + L::kBands);
     const uint64_t weights = ptx::core_descriptor(base_ + L::kWeights, kC / 8 * 128);
 
     uint32_t patch[S::kSteps][4], left[2][kRanks][4];
     float z[kColumns / 2], y[kC / 2];
-    Ring<S::kStages> stage(0);
+    Ring<L::kStages> stage(0);
     Ring<L::kRing> ring(0);
     int released = 0;  // of the ring, next
 
-    const auto form = [&] {
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < S::kSteps; ++j) {
-        ptx::Wgmma<T, kColumns>::multiply(z, patch[j], bands + j * (kBandStep >> 4), j > 0);
-      }
-      ptx::wgmma_commit();
-    };
     const auto mix = [&](const uint32_t (&left)[kRanks][4], int block) {
       const int64_t at = (L::kResident ? block : ring.at) * (L::kBlockBytes >> 4);
       ptx::wgmma_fence();
@@ -245,12 +169,12 @@ class BasisConv {
     };
 
     bool first = true;
-    for (int i = blockIdx.x * kGroups; i < p_.squares; i += gridDim.x * kGroups) {
+    for (int i = blockIdx.x * kGroups; i < p_.squares.count; i += gridDim.x * kGroups) {
       ptx::mbarrier_wait(halo_full(group, stage.at), stage.parity);
-      load(patch, halo(group, stage.at) + row);
+      load_patch<S>(patch, halo(group, stage.at) + row);
       if (first) ptx::mbarrier_wait(constants(), 0);
       first = false;
-      form();
+      form<T, S, kColumns>(z, patch, bands);
 #pragma unroll
       for (int block = 0; block < L::kBlocks; ++block) {
         // Under way: z of this block and, behind it or before, y of the last one.
@@ -269,8 +193,8 @@ class BasisConv {
         }
         if (block + 1 < L::kBlocks) {
           if (last_of_box) ptx::mbarrier_wait(halo_full(group, stage.at), stage.parity);
-          load(patch, (halo(group, stage.at) + row) ^ (block + 1) % (kBox / 16) << 5);
-          form();
+          load_patch<S>(patch, (halo(group, stage.at) + row) ^ (block + 1) % (kBox / 16) << 5);
+          form<T, S, kColumns>(z, patch, bands);
         }
         if constexpr (!L::kResident) ptx::mbarrier_wait(weights_full(ring.at), ring.parity);
         mix(left[block % 2], block);
@@ -312,10 +236,9 @@ class BasisConv {
     }
     ptx::fence_proxy_async();
     __syncwarp();  // all of the unit is there, and fenced
-    if (lane != 0 || i >= p_.squares) return;
-    const Square at = square(i);
-    constexpr int kAcross = kSide / S::kWidth;
-    const int h = at.h + unit / kAcross * S::kHeight, w = at.w + unit % kAcross * S::kWidth;
+    if (lane != 0 || i >= p_.squares.count) return;
+    const auto at = p_.squares[i];
+    const int h = at.h + S::unit_h(unit), w = at.w + S::unit_w(unit);
     for (int c = 0; c < kC; c += kBox) {
       ptx::tensor_store(staged + c / kBox * kBoxBytes, y_, c, w, h, at.n);
     }
@@ -324,7 +247,7 @@ class BasisConv {
 
   const CUtensorMap *x_, *y_;
   const Parameters& p_;
-  uint32_t base_;
+  const uint32_t base_;
 };
 
 template <typename T, class S, int kC>
@@ -339,61 +262,35 @@ __global__ __launch_bounds__(kThreads, 1) void basis_conv_sm90_kernel(
 template <typename T, class S, int kC>
 Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cudaStream_t stream) {
   using L = Layout<S, kC>;
-  const Axis &height = map.axis[1], &width = map.axis[2];
-  if (choice.shared_bytes != L::kBytes || choice.slice != S::kSteps || choice.ranks != kRanks ||
-      choice.patch_width != S::kPatch ||
-      height.unit != S::kHeight || width.unit != S::kWidth || a.rank > kRanks || a.groups != 1 ||
-      a.x.channels != kC || a.y_channels != kC || !a.aligned) {
+  if (!fits<S>(map, choice, L::kBytes) || a.rank > kRanks || a.groups != 1 || a.x.channels != kC ||
+      a.y_channels != kC || !a.aligned) {
     return kUnknownPlan;
   }
-  Parameters p = {};
-  p.map = map;
-  p.bands = a.bands;
-  p.packed = a.packed;
-  p.bias = a.bias;
-  p.squares_w = ceil_div(width.out_size, kSide);
-  p.squares_h = ceil_div(height.out_size, kSide);
-  p.squares = p.squares_w * p.squares_h * map.batch;
-  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
+  const Parameters p = {map, a.bands, a.packed, a.bias, squares_of(map)};
   CUtensorMap x, y;
-  const int in_sizes[4] = {kC, width.in_size, height.in_size, map.batch};
-  const int out_sizes[4] = {kC, width.out_size, height.out_size, map.batch};
-  const int halo[3] = {kBox, S::kPitch, S::kRows}, unit[3] = {kBox, S::kWidth, S::kHeight};
-  Status status = encode_map(&x, kBfloat16, a.x.data, in_sizes, a.x.strides, halo);
+  Status status = encode_halos<T, S>(&x, map, a.x.data, a.x.strides, kC);
   if (status.error == cudaSuccess && status.known) {
-    status = encode_map(&y, kBfloat16, a.y, out_sizes, a.y_strides, unit);
+    status = encode_units<T, S>(&y, map, a.y, a.y_strides, kC);
   }
   if (status.error != cudaSuccess || !status.known) return status;
   int processors = 0;
   status.error = multiprocessors(&processors);
   if (status.error != cudaSuccess) return status;
-  const int blocks = std::min(processors, ceil_div(p.squares, kGroups));
+  const int blocks = std::min(processors, ceil_div(p.squares.count, kGroups));
   return launch<basis_conv_sm90_kernel<T, S, kC>>(blocks, kThreads, L::kBytes, stream, x, y, p);
-}
-
-template <typename T, class S>
-Status with_channels(const Lattice& map, const Choice& choice, const ConvArguments& a,
-                     cudaStream_t stream) {
-  if (choice.out_tiles == 4) return run<T, S, 64>(map, choice, a, stream);
-  if (choice.out_tiles == 8) return run<T, S, 128>(map, choice, a, stream);
-  return kUnknownPlan;
-}
-
-template <typename T>
-Status with_shape(const Lattice& map, const Choice& choice, const ConvArguments& a, cudaStream_t stream) {
-  if (choice.slice == Five::kSteps) return with_channels<T, Five>(map, choice, a, stream);
-  if (choice.slice == Seven::kSteps) return with_channels<T, Seven>(map, choice, a, stream);
-  if (choice.slice == Eleven::kSteps) return with_channels<T, Eleven>(map, choice, a, stream);
-  return kUnknownPlan;
 }
 
 }  // namespace
 
 Status basis_conv_sm90(Number number, const Lattice& map, const Choice& choice, const ConvArguments& a,
                        cudaStream_t stream) {
-  if (number == Number::kHalf) return with_shape<__half>(map, choice, a, stream);
-  if (number == Number::kBfloat16) return with_shape<__nv_bfloat16>(map, choice, a, stream);
-  return kUnknownPlan;
+  return with_shape(number, choice, [&](auto element, auto shape) -> Status {
+    using T = decltype(element);
+    using S = decltype(shape);
+    if (choice.out_tiles == 4) return run<T, S, 64>(map, choice, a, stream);
+    if (choice.out_tiles == 8) return run<T, S, 128>(map, choice, a, stream);
+    return kUnknownPlan;
+  });
 }
 
 }  // namespace hyperconv

@@ -72,7 +72,7 @@ Status prepare(Number number, const Lattice& map, const PrepareArguments& argume
 Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
                         const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
 
-// The same as wgmma's right operands (ptx::core_descriptor), for basis_conv_sm90: bands
+// The same as wgmma's right operands (ptx::core_descriptor), for the kernels of squares.cuh: bands
 // [steps, 2, ranks, 16 t, 8], a patch's rows `patch_width` wide, and coefficients
 // [in / 16, ranks, 2, out, 8]; zeros for the functions beyond the last.
 Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int ranks,
@@ -86,7 +86,7 @@ struct Choice {
   int slice;        // 16-row tiles of the patch whose bands are in shared memory together
   int halo_stages;  // halos in shared memory together
   int shared_bytes;
-  int patch_width;  // positions of a row of the patch as basis_conv_sm90 has it; 0: basis_conv
+  int patch_width;  // positions of a row of the patch as squares.cuh has it; 0: not by wgmma
 };
 
 struct ConvArguments {
@@ -116,6 +116,9 @@ struct CoefficientArguments {
 };
 Status coefficient_gradient(Number number, const Lattice& map, const Choice& choice,
                             const CoefficientArguments& arguments, cudaStream_t stream);
+// The same on bands of `prepare_cores`; `partial` is [splits, R, C_out, C_in].
+Status coefficient_gradient_sm90(Number number, const Lattice& map, const Choice& choice,
+                                 const CoefficientArguments& arguments, cudaStream_t stream);
 
 struct BasisArguments {
   Operand g, x;

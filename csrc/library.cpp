@@ -228,6 +228,19 @@ void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
   p.bands = workspace.take("bands", static_cast<int64_t>(map.bands()) * p.rank * map.chunks());
 }
 
+// Those of the kernels by wgmma.
+void add_core_bands(PrepareArguments& p, const Lattice& map, const Choice& choice, const Tensor& basis,
+                    Workspace& workspace) {
+  add_basis(p, map, basis);
+  p.bands = workspace.take("bands", static_cast<int64_t>(choice.slice) * choice.ranks);
+}
+
+void check_prepare_cores(Number number, const Lattice& map, const Choice& choice, const PrepareArguments& p,
+                         cudaStream_t stream) {
+  DeviceScope::check(prepare_cores(number, map, p, choice.ranks, choice.slice, choice.patch_width, stream),
+                     "prepare_cores");
+}
+
 MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>& weights,
                            const std::vector<Tensor>& biases, int64_t activation, double slope,
                            double weight_gain, bool linear_output) {
@@ -289,8 +302,7 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
                                    cores ? choice.ranks : 1);
   if (cores) {
     STD_TORCH_CHECK(!generator, "basis: expected one that is there, got an MLP to compute it");
-    add_basis(p, map, basis);
-    p.bands = room.take("bands", static_cast<int64_t>(choice.slice) * choice.ranks);
+    add_core_bands(p, map, choice, basis, room);
   } else {
     add_bands(p, map, basis, room);
   }
@@ -313,9 +325,7 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
   a.aligned = aligned;
   const DeviceScope scope(source);
   if (cores) {
-    DeviceScope::check(prepare_cores(number, map, p, choice.ranks, choice.slice, choice.patch_width,
-                                     scope.stream()),
-                       "prepare_cores");
+    check_prepare_cores(number, map, choice, p, scope.stream());
     DeviceScope::check(basis_conv_sm90(number, map, choice, a, scope.stream()), "basis_conv_sm90");
     return;
   }
@@ -375,8 +385,13 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
   a.x = operand("input", input, map, &Axis::in_size, groups);
   Workspace room(workspace, input);
   PrepareArguments p = preparation(nullptr, groups, false, 1, room);
-  add_bands(p, map, basis, room);
-  p.transposed_bands = true;
+  const bool cores = choice.patch_width != 0;
+  if (cores) {
+    add_core_bands(p, map, choice, basis, room);
+  } else {
+    add_bands(p, map, basis, room);
+    p.transposed_bands = true;
+  }
   a.bands = p.bands;
   a.scales = scales(number, p, room);
   a.groups = static_cast<int>(groups);
@@ -387,6 +402,12 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
   expect_room("partial", partial, (atomic ? 1 : splits) * grad.size(1) * a.x.channels * a.rank);
   a.partial = static_cast<float*>(partial.data_ptr());
   const DeviceScope scope(input);
+  if (cores) {
+    check_prepare_cores(number, map, choice, p, scope.stream());
+    DeviceScope::check(coefficient_gradient_sm90(number, map, choice, a, scope.stream()),
+                       "coefficient_gradient_sm90");
+    return;
+  }
   DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
   DeviceScope::check(coefficient_gradient(number, map, choice, a, scope.stream()),
                      "coefficient_gradient");

@@ -262,7 +262,11 @@ __device__ void write_band_row(const Lattice& map, const PrepareArguments& p, co
   const Axis &height = map.axis[1], &width = map.axis[2];
   float factor = 1.0f;
   if constexpr (kScaled<N>) {
-    if (rank < p.rank) factor = 1.0f / scale_of(map, p, rank);
+    if (rank < p.rank) {
+      const float scale = scale_of(map, p, rank);
+      factor = 1.0f / scale;
+      if (p.scales && step == 0 && index % 32 == 0) p.scales[rank] = scale;
+    }
   }
   struct alignas(16) Row {
     Element e[8];

@@ -17,6 +17,14 @@ __device__ __forceinline__ uint64_t core_descriptor(uint32_t address, int k_stri
   return (address & 0x3ffff) >> 4 | leading << 16 | stride << 32;
 }
 
+// The same where a row holds 64 numbers along N, 128 swizzled bytes, and the rows follow each other along k: as
+// the copy engine brings 64 channels of neighbouring outputs, which are k. For Wgmma with `kTransposed`, N = 64,
+// at a multiple of 1024.
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
+  const uint64_t unused = 1, stride = 8 * 128 >> 4, by_128_bytes = 1;
+  return (address & 0x3ffff) >> 4 | unused << 16 | stride << 32 | by_128_bytes << 62;
+}
+
 }  // namespace hyperconv::ptx
 
 #ifdef HYPERCONV_HOST_RUNTIME

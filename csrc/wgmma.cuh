@@ -1,119 +1,83 @@
-// wgmma.mma_async with its left operand in registers. Inline assembly names every register, so that there is
-// one function for each width.
+// wgmma.mma_async with its left operand in registers. Inline assembly names every register of a product: the
+// lists of a width are those of the one before and eight columns after eight more.
 #pragma once
+
+#include <type_traits>
 
 #include "ptx.cuh"
 
 namespace hyperconv::ptx {
 
+#define HYPERCONV_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define HYPERCONV_NAMES_48 HYPERCONV_NAMES_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define HYPERCONV_NAMES_64 HYPERCONV_NAMES_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define HYPERCONV_NAMES_80 HYPERCONV_NAMES_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define HYPERCONV_NAMES_128                                                      \
+  HYPERCONV_NAMES_80 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define HYPERCONV_SUMS_8(i)                                                                            \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),          \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define HYPERCONV_SUMS_32 HYPERCONV_SUMS_8(0), HYPERCONV_SUMS_8(8)
+#define HYPERCONV_SUMS_48 HYPERCONV_SUMS_32, HYPERCONV_SUMS_8(16)
+#define HYPERCONV_SUMS_64 HYPERCONV_SUMS_48, HYPERCONV_SUMS_8(24)
+#define HYPERCONV_SUMS_80 HYPERCONV_SUMS_64, HYPERCONV_SUMS_8(32)
+#define HYPERCONV_SUMS_128 HYPERCONV_SUMS_80, HYPERCONV_SUMS_8(40), HYPERCONV_SUMS_8(48), HYPERCONV_SUMS_8(56)
+
+// The operands after the sums have the numbers width / 2 and up.
+#define HYPERCONV_WGMMA(width, number, a0, a1, a2, a3, right, add, transposed)                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\n"                                        \
+               "wgmma.mma_async.sync.aligned.m64n" #width "k16.f32." number "." number                   \
+               " {" HYPERCONV_NAMES_##width "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #right      \
+               ", p, 1, 1, %" #transposed ";\n}"                                                         \
+               : HYPERCONV_SUMS_##width                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),  \
+                 "n"(kTransposed))
+#define HYPERCONV_WGMMA_OF(width, ...)             \
+  if constexpr (std::is_same_v<T, __half>) {       \
+    HYPERCONV_WGMMA(width, "f16", __VA_ARGS__);    \
+  } else {                                         \
+    HYPERCONV_WGMMA(width, "bf16", __VA_ARGS__);   \
+  }
+
 // This warpgroup's d [64, kWidth] (+)= a [64, 16] b [16, kWidth], accumulated in float32; T is __half or
-// __nv_bfloat16, b in shared memory. Warp w of the four has rows 16 w to 16 w + 15: a as in mma_m16n8k16;
-// d[4 i] to d[4 i + 3] are columns 8 i to 8 i + 7, as the c of that one.
-template <typename T, int kWidth>
-struct Wgmma;
+// __nv_bfloat16, b in shared memory: by core_descriptor(), or by swizzled_descriptor() and `kTransposed`. Warp w
+// of the four has rows 16 w to 16 w + 15: a as in mma_m16n8k16; d[4 i] to d[4 i + 3] are columns 8 i to 8 i + 7,
+// as the c of that one.
+template <typename T, int kWidth, int kTransposed = 0>
+struct Wgmma {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kWidth == 32 || kWidth == 48 || kWidth == 64 || kWidth == 80 || kWidth == 128);
 
-#define HYPERCONV_WGMMA_64(number)                                                                       \
-  asm volatile(                                                                                          \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." number "." number " {"                               \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "            \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                                  \
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                     \
-      :                                                                                                  \
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),  \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),         \
-        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),       \
-        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),       \
-        "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
-template <>
-struct Wgmma<__half, 64> {
-  static __device__ __forceinline__ void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+  static __device__ __forceinline__ void multiply(float (&d)[kWidth / 2], const uint32_t (&a)[4], uint64_t b,
                                                   bool accumulate) {
-    HYPERCONV_WGMMA_64("f16");
+    if constexpr (kWidth == 32) {
+      HYPERCONV_WGMMA_OF(32, 16, 17, 18, 19, 20, 21, 22)
+    } else if constexpr (kWidth == 48) {
+      HYPERCONV_WGMMA_OF(48, 24, 25, 26, 27, 28, 29, 30)
+    } else if constexpr (kWidth == 64) {
+      HYPERCONV_WGMMA_OF(64, 32, 33, 34, 35, 36, 37, 38)
+    } else if constexpr (kWidth == 80) {
+      HYPERCONV_WGMMA_OF(80, 40, 41, 42, 43, 44, 45, 46)
+    } else {
+      HYPERCONV_WGMMA_OF(128, 64, 65, 66, 67, 68, 69, 70)
+    }
   }
 };
 
-template <>
-struct Wgmma<__nv_bfloat16, 64> {
-  static __device__ __forceinline__ void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
-    HYPERCONV_WGMMA_64("bf16");
-  }
-};
-#undef HYPERCONV_WGMMA_64
-
-#define HYPERCONV_WGMMA_80(number)                                                                       \
-  asm volatile(                                                                                          \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n80k16.f32." number "." number " {"                               \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "            \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "            \
-      "%36, %37, %38, %39"                                                                               \
-      "}, {%40, %41, %42, %43}, %44, p, 1, 1, 0;\n}"                                                     \
-      :                                                                                                  \
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),  \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),         \
-        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),       \
-        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),       \
-        "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),       \
-        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
-template <>
-struct Wgmma<__half, 80> {
-  static __device__ __forceinline__ void multiply(float (&d)[40], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
-    HYPERCONV_WGMMA_80("f16");
-  }
-};
-
-template <>
-struct Wgmma<__nv_bfloat16, 80> {
-  static __device__ __forceinline__ void multiply(float (&d)[40], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
-    HYPERCONV_WGMMA_80("bf16");
-  }
-};
-#undef HYPERCONV_WGMMA_80
-
-#define HYPERCONV_WGMMA_128(number)                                                                      \
-  asm volatile(                                                                                          \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." number "." number " {"                              \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "            \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "            \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "            \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                            \
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"                                                     \
-      :                                                                                                  \
-        "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),  \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),         \
-        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),       \
-        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),       \
-        "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),       \
-        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),       \
-        "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),       \
-        "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),       \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])        \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
-template <>
-struct Wgmma<__half, 128> {
-  static __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
-    HYPERCONV_WGMMA_128("f16");
-  }
-};
-
-template <>
-struct Wgmma<__nv_bfloat16, 128> {
-  static __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
-                                                  bool accumulate) {
-    HYPERCONV_WGMMA_128("bf16");
-  }
-};
-#undef HYPERCONV_WGMMA_128
+#undef HYPERCONV_WGMMA_OF
+#undef HYPERCONV_WGMMA
+#undef HYPERCONV_SUMS_128
+#undef HYPERCONV_SUMS_80
+#undef HYPERCONV_SUMS_64
+#undef HYPERCONV_SUMS_48
+#undef HYPERCONV_SUMS_32
+#undef HYPERCONV_SUMS_8
+#undef HYPERCONV_NAMES_128
+#undef HYPERCONV_NAMES_80
+#undef HYPERCONV_NAMES_64
+#undef HYPERCONV_NAMES_48
+#undef HYPERCONV_NAMES_32
 
 }  // namespace hyperconv::ptx

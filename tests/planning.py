@@ -6,6 +6,7 @@ import dataclasses
 
 from benchmarks import competitors, shapes
 from hyperconv_ext.backends.cuda import tiles as cuda_tiles
+from hyperconv_ext.backends.cuda import wgmma
 from hyperconv_ext.backends.triton import tiles as triton_tiles
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import Device, Op, Plan, Problem
@@ -43,7 +44,8 @@ def shaped(
 def shares_of(plan: Plan) -> tuple[int, bool]:
     """(shares, whether they are summed by atomic additions) of the gradient of A or of phi."""
     if plan.backend == "cuda":
-        return cuda_tiles.shares(plan.problem, plan.tile)
+        module = wgmma if plan.algorithm == "wgmma" else cuda_tiles
+        return module.shares(plan.problem, plan.tile)
     coefficients = plan.problem.op == "basis_conv_bwd_coeff"
     split = triton_tiles.split_coefficients if coefficients else triton_tiles.split_basis
     return split(plan.problem, plan.tile)

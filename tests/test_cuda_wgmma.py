@@ -1,4 +1,4 @@
-"""csrc/basis_conv_sm90.cu: against the oracle, what it refuses, and faults put in on purpose.
+"""The kernels by wgmma, csrc/*_sm90.cu: against the oracle, what they refuse, faults put in on purpose.
 
 Where the kernels are executed by the CPU, in both modes of tests/host/asynchronous.h.
 """
@@ -19,11 +19,11 @@ from hyperconv_ext import functional, ops, planner
 from hyperconv_ext.backends import cuda
 from hyperconv_ext.backends.cuda import library, wgmma
 from hyperconv_ext.geometry import Geometry
-from hyperconv_ext.problem import Device, Problem
+from hyperconv_ext.problem import OPS, Device, Problem
 
 from .oracle import check, relative_error
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "basis_conv_sm90.cu"
+SOURCES = Path(__file__).parent.parent / "csrc"
 
 
 def _why_not() -> str:
@@ -137,7 +137,106 @@ def test_overflow_of_z_in_float16(device, poisoned) -> None:
     assert relative_error(actual, truth) < 2.0**-9
 
 
-# What it refuses.
+# The gradient of A.
+
+COEFFICIENTS = OPS.index("basis_conv_bwd_coeff")
+
+
+class Gradient(NamedTuple):
+    """Of a kernel `kernel`; `processors`: among how many the sum is dealt out."""
+
+    kernel: tuple[int, int]
+    channels: tuple[int, int] = (64, 64)
+    size: tuple[int, int] = (17, 11)
+    batch: int = 1
+    rank: int = 5
+    padding: int = 3
+    processors: int = 1
+
+    def __str__(self) -> str:
+        kernel, size, channels = (
+            "x".join(map(str, pair)) for pair in (self.kernel, self.size, self.channels)
+        )
+        return (
+            f"{kernel}-c{channels}-{size}-b{self.batch}-r{self.rank}-p{self.padding}-{self.processors}"
+        )
+
+
+GRADIENTS = [
+    *(Gradient((k, k), padding=k // 2) for k in (5, 7, 11)),
+    Gradient((7, 7), (64, 64), (8, 8), 1),  # one square
+    Gradient((7, 7), (64, 64), (7, 7), 1, padding=0),  # one output
+    Gradient((7, 7), (64, 128), (33, 25), 2, 4),  # each of the stages several times
+    Gradient((3, 3), (128, 64), (12, 9), 3, 1, 1, 5),
+    Gradient((11, 2), (64, 64), (18, 11), 2, 2, 5, 3),
+    Gradient((1, 6), (192, 64), (9, 20), 1, 3, 2, 20),
+]
+
+
+def draw_gradient(case: Gradient, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """(grad, input, basis)."""
+    geometry = Geometry.conv(case.size, case.kernel, (1, 1), (case.padding,) * 2, (1, 1), 1)
+    size_i, size_o = case.channels
+    sizes = ((size_o, geometry.output_size), (size_i, case.size))
+    activations = [
+        torch.randn(case.batch, channels, *size, device=device)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for channels, size in sizes
+    ]
+    taps = case.kernel[0] * case.kernel[1]
+    return *activations, torch.randn(case.rank, *case.kernel, device=device) / taps**0.5
+
+
+def gradient(case: Gradient, operands: tuple[Tensor, ...], deterministic: bool = False) -> Tensor:
+    """By `wgmma`."""
+    geometry = Geometry.conv(case.size, case.kernel, (1, 1), (case.padding,) * 2, (1, 1), 1)
+    problem = ops.problem_of(COEFFICIENTS, operands, geometry)
+    device = dataclasses.replace(problem.device, processors=case.processors)
+    problem = dataclasses.replace(problem, device=device, deterministic=deterministic)
+    return cuda.basis_conv_bwd_coeff(planner.plan(problem, "cuda", "wgmma"), *operands)
+
+
+def true_gradient(case: Gradient, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+    """By the reference, in the dtype of its operands."""
+    shape = (*case.channels[::-1], case.rank)
+    coefficients = torch.zeros(shape, dtype=input.dtype, device=input.device, requires_grad=True)
+    options = {"padding": case.padding, "backend": "reference"}
+    y = functional.basis_conv2d(input, coefficients, basis, **options)
+    return torch.autograd.grad(y, coefficients, grad)[0]
+
+
+@runs
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"), [(torch.bfloat16, True), (torch.float16, False)], ids=str
+)
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_the_gradient_of_the_coefficients(case, dtype, deterministic: bool, device, poisoned) -> None:
+    operands = draw_gradient(case, dtype, device)
+    actual = gradient(case, operands, deterministic)
+    assert actual.is_contiguous()
+    truth = true_gradient(case, *(operand.double() for operand in operands))
+    check(str(case), actual, truth, true_gradient(case, *operands))
+
+
+@runs
+def test_the_gradients_of_a_layer(device, poisoned) -> None:
+    """The algorithm is the same for the backward pass, as far as it computes that."""
+    case = Case((7, 7), 64, (10, 9), padding=3)
+    input, coefficients, basis, bias = draw(case, torch.bfloat16, device)
+    leaves = (input.requires_grad_(), coefficients.requires_grad_(), bias.requires_grad_())
+
+    def gradients(**choice: Any) -> tuple[Tensor, ...]:
+        operands = (input, coefficients, basis, bias)
+        y = functional.basis_conv2d(*operands, padding=3, **choice)
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    actual = gradients(backend="cuda", algorithm="wgmma")
+    for one, other in zip(actual, gradients(backend="reference"), strict=True):
+        assert relative_error(one, other.double()) < 2.0**-5
+
+
+# What they refuse.
 
 H100 = Device("cuda", 90, 132)
 PROBLEM = Problem(
@@ -155,7 +254,10 @@ def _geometry(kernel=(7, 7), stride=(1, 1), dilation=(1, 1), groups=1) -> Geomet
 
 
 REFUSED = [
-    ({"op": "basis_conv_bwd_coeff"}, "it computes no basis_conv_bwd_coeff"),
+    (
+        {"op": "basis_conv_bwd_coeff", "out_channels": 96},
+        "it takes multiples of 64 channels in and out, not 64 and 96",
+    ),
     ({"op": "basis_conv_bwd_basis"}, "it computes no basis_conv_bwd_basis"),
     ({"dtype": "float32"}, "it takes float16 and bfloat16, not float32"),
     ({"geometry": Geometry.conv((9,), (3,), (1,), (1,), (1,), 1)}, "it takes 2 spatial axes, not 1"),
@@ -191,22 +293,49 @@ def test_needs_hopper_and_its_own_machine_code(monkeypatch: pytest.MonkeyPatch) 
     # Of 64 outputs and 16 channels: z of 7 x 16 positions, 5 functions of 16 outputs; then y of all.
     squares = 32 * 7 * 7
     assert cuda.flops(plan) == 2 * squares * 4 * 64 * 16 * (7 * 80 + 5 * 64)
+    gradient = dataclasses.replace(PROBLEM, op="basis_conv_bwd_coeff", out_channels=128)
+    plan = planner.plan.__wrapped__(gradient, "cuda", "auto")
+    assert plan.algorithm == "wgmma" and plan.tile.kernel.family == "coefficient_gradient_sm90"
+    assert cuda.flops(plan) == 2 * squares * 4 * 64 * 16 * (7 * 80 + 5 * 64) * 2
     small = dataclasses.replace(PROBLEM, in_channels=32, out_channels=32)
     assert planner.plan.__wrapped__(small, "cuda", "auto").algorithm == "basis"
 
 
+@pytest.mark.parametrize(
+    ("channels", "shares"), [((64, 64), 131), ((64, 128), 66), ((256, 256), 8), ((1024, 1024), 1)]
+)
+def test_no_multiprocessor_has_two_blocks_of_a_gradient(channels: tuple[int, int], shares: int) -> None:
+    """They run alone: more of them than multiprocessors would be a second wave."""
+    op, (size_i, size_o) = "basis_conv_bwd_coeff", channels
+    problem = dataclasses.replace(PROBLEM, op=op, in_channels=size_i, out_channels=size_o)
+    tile, _ = wgmma.choose(problem)
+    assert wgmma.shares(problem, tile) == (shares, shares > 9)
+    repeatable = dataclasses.replace(problem, deterministic=True)
+    assert wgmma.shares(repeatable, tile) == (min(9, shares), False)
+
+
 @runs
 def test_a_tile_that_is_none_of_the_librarys(device) -> None:
-    """The planner's arithmetic and the kernel's own: a difference is refused, not overrun."""
+    """The planner's arithmetic and the kernels' own: a difference is refused, not overrun."""
     case = Case((7, 7), 64, (8, 8))
-    operands = draw(case, torch.bfloat16, device)
+    convolution = draw(case, torch.bfloat16, device)
+    gradient = draw_gradient(Gradient((7, 7), size=(8, 8), padding=0), torch.bfloat16, device)
     geometry = Geometry.conv(case.size, case.kernel, (1, 1), (0, 0), (1, 1), 1)
-    problem = ops.problem_of(0, operands[:3], geometry)
-    plan = planner.plan(problem, "cuda", "wgmma")
-    for change in ({"shared_bytes": plan.tile.shared_bytes - 8}, {"slice": 5}, {"patch_width": 16}):
-        wrong = dataclasses.replace(plan, tile=dataclasses.replace(plan.tile, **change))
-        with pytest.raises(RuntimeError, match="basis_conv_sm90: the planned tile is not one"):
-            cuda.basis_conv_fwd(wrong, *operands)
+    rows = (
+        (0, convolution[:3], "basis_conv_sm90", lambda plan: cuda.basis_conv_fwd(plan, *convolution)),
+        (
+            COEFFICIENTS,
+            gradient,
+            "coefficient_gradient_sm90",
+            lambda plan: cuda.basis_conv_bwd_coeff(plan, *gradient),
+        ),
+    )
+    for slot, operands, kernel, run in rows:
+        plan = planner.plan(ops.problem_of(slot, operands, geometry), "cuda", "wgmma")
+        for change in ({"shared_bytes": plan.tile.shared_bytes - 8}, {"slice": 5}, {"patch_width": 16}):
+            wrong = dataclasses.replace(plan, tile=dataclasses.replace(plan.tile, **change))
+            with pytest.raises(RuntimeError, match=f"{kernel}: the planned tile is not one"):
+                run(wrong)
 
 
 # Faults put in on purpose: every wait, arrival, fence, barrier, commit and copy taken out in turn.
@@ -214,10 +343,10 @@ def test_a_tile_that_is_none_of_the_librarys(device) -> None:
 _CALL = re.compile(
     r"ptx::(?:mbarrier_\w+|fence_\w+|bulk_load|tensor_\w+|store_\w+|wgmma_\w+)[(<]|__sync\w+\("
 )
-SITES = [n for n, line in enumerate(SOURCE.read_text().splitlines(), 1) if _CALL.search(line)]
+LIMIT = 2.0**-7
 
 
-def _errors() -> float:
+def _convolution_error() -> float:
     """The largest relative error with A resident and streamed, of blocks with several rounds of work."""
     errors = []
     for case in (Case((7, 7), 64, (19, 13), 5, padding=3), Case((7, 7), 128, (19, 13), 3, padding=3)):
@@ -230,22 +359,45 @@ def _errors() -> float:
     return max(torch.inf if math.isnan(error) else error for error in errors)
 
 
+def _gradient_error() -> float:
+    """The same with each of the stages several times."""
+    case = Gradient((7, 7), size=(19, 13), batch=2)
+    operands = draw_gradient(case, torch.bfloat16, torch.device("cpu"))
+    truth = true_gradient(case, *(operand.double() for operand in operands))
+    error = relative_error(gradient(case, operands), truth)
+    return torch.inf if math.isnan(error) else error
+
+
+ERRORS = {
+    "basis_conv_sm90.cu": _convolution_error,
+    "coefficient_gradient_sm90.cu": _gradient_error,
+    "squares.cuh": _convolution_error,
+}
+SITES = [
+    f"{name}:{n}"
+    for name in ERRORS
+    for n, line in enumerate((SOURCES / name).read_text().splitlines(), 1)
+    if _CALL.search(line)
+]
+
+
 @hosted
 def test_without_a_fault() -> None:
-    assert _errors() < 2.0**-7
+    assert _convolution_error() < LIMIT and _gradient_error() < LIMIT
 
 
 @hosted
 @pytest.mark.parametrize("mode", ["late"], indirect=True)
-@pytest.mark.parametrize("line", SITES)
-def test_what_is_taken_out_is_noticed(line: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYPERCONV_HOST_SKIP", f"{SOURCE.name}:{line}")
+@pytest.mark.parametrize("site", SITES)
+def test_what_is_taken_out_is_noticed(site: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERCONV_HOST_SKIP", site)
+    measure = ERRORS[site.partition(":")[0]]
     for seed in range(4):
         monkeypatch.setenv("HYPERCONV_HOST_SEED", str(seed))
         try:
-            error = _errors()
+            error = measure()
         except RuntimeError:
             return
-        if not error < 2.0**-7:
+        if not error < LIMIT:
             return
-    pytest.fail(f"taking out line {line} of {SOURCE.name} changed nothing")
+    pytest.fail(f"taking out {site} changed nothing")

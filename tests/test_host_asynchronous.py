@@ -66,10 +66,22 @@ def sums(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(warps))
 
 
+def swizzled_rows(b: np.ndarray) -> np.ndarray:
+    """b [16, 64] as rows of eight 16-byte chunks, that of columns 8 c at place c XOR the row mod 8."""
+    memory = aligned(b.size, np.int16)
+    rows = memory.reshape(16, 8, 8)
+    for k in range(16):
+        for c in range(8):
+            rows[k, c ^ k % 8] = b[k, 8 * c : 8 * c + 8]
+    return memory
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("width", "transposed"), [(32, 0), (48, 0), (64, 0), (80, 0), (128, 0), (64, 1)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cuda_wgmma(leaf: Leaf, dtype: torch.dtype, width: int, accumulate: bool) -> None:
+def test_cuda_wgmma(leaf: Leaf, dtype, width: int, transposed: int, accumulate: bool) -> None:
     torch.manual_seed(0)
     a, b, d = torch.randn(64, 16).to(dtype), torch.randn(16, width).to(dtype), torch.randn(64, width)
     left = []
@@ -79,9 +91,10 @@ def test_cuda_wgmma(leaf: Leaf, dtype: torch.dtype, width: int, accumulate: bool
         left.append(fragment(a.view(torch.int16).numpy(), rows, columns))
     k_stride = width // 8 * 128
     lanes, before = sums(d.numpy()), np.zeros((128, width // 2), np.float32)
-    right = cores(b.view(torch.int16).numpy(), k_stride)
-    is_half = int(dtype is torch.float16)
-    leaf.run("wgmma", is_half, width, np.concatenate(left), right, k_stride, accumulate, lanes, before)
+    bits = b.view(torch.int16).numpy()
+    right = swizzled_rows(bits) if transposed else cores(bits, k_stride)
+    kind = (int(dtype is torch.float16), width, transposed)
+    leaf.run("wgmma", *kind, np.concatenate(left), right, k_stride, accumulate, lanes, before)
     expected = 2 * (a.double() @ b.double()) + (d.double() if accumulate else 0)
     np.testing.assert_allclose(lanes, sums(expected.numpy()), rtol=0, atol=1e-4)
 
@@ -89,7 +102,7 @@ def test_cuda_wgmma(leaf: Leaf, dtype: torch.dtype, width: int, accumulate: bool
 def test_sums_are_nan_until_waited_for(late: Leaf) -> None:
     zeros = np.zeros((128, 4), np.uint32)
     d, before = np.ones((128, 32), np.float32), np.ones((128, 32), np.float32)
-    late.run("wgmma", 1, 64, zeros, aligned(1024, np.int16), 1024, True, d, before)
+    late.run("wgmma", 1, 64, 0, zeros, aligned(1024, np.int16), 1024, True, d, before)
     assert np.isnan(before).all() and (d == 1).all()
 
 
@@ -257,8 +270,10 @@ FAULTS = [
     ("exited with 1 wgmma that it never committed", BOTH),
     ("wgmma .*: its left operand changed", LATE),
     ("wgmma .*: an accumulator was written to", LATE),
-    ("wgmma .*: a descriptor with a swizzle", BOTH),
+    ("wgmma .*: a descriptor with another swizzle", BOTH),
     ("wgmma .*: the right operand reaches outside", BOTH),
+    ("wgmma .*: reads what threads have written", BOTH),
+    ("wgmma .*: a swizzled right operand that does not begin", BOTH),
     ("wgmma .*: lanes disagree", BOTH),
     ("warps 0 and 3 with other wgmma", BOTH),
     ("setmaxnreg .*: 100 registers", BOTH),

@@ -16,20 +16,23 @@ def total(partial: Tensor) -> Tensor:
     return partial[0] if partial.shape[0] == 1 else partial.sum(0)
 
 
-def _wanted(processors: int, programs: int, work: int) -> int:
-    """Shares that give every multiprocessor two programs, none of them empty."""
-    wanted = max(1, min(work, -(-2 * processors // programs)))
+def _wanted(processors: int, programs: int, work: int, alone: bool) -> int:
+    """Shares that give every multiprocessor two programs, or one at most, none of them empty."""
+    wanted = processors // programs if alone else -(-2 * processors // programs)
+    wanted = max(1, min(work, wanted))
     return -(-work // -(-work // wanted))
 
 
-def _shares(problem: Problem, programs: int, work: int, slices: int) -> tuple[int, bool]:
+def _shares(
+    problem: Problem, programs: int, work: int, slices: int, alone: bool = False
+) -> tuple[int, bool]:
     """(shares, whether they are summed by atomic additions).
 
-    `programs` run for each share; `work` is what can be shared; `slices` of the sum may be in memory.
-    Where these are too few to fill the machine, atomic additions to a single one take over, unless
-    deterministic algorithms are demanded.
+    `programs` run for each share, each `alone` on its multiprocessor or not; `work` is what can be
+    shared; `slices` of the sum may be in memory. Where these are too few to fill the machine, atomic
+    additions to a single one take over, unless deterministic algorithms are demanded.
     """
-    wanted = _wanted(problem.device.processors, programs, work)
+    wanted = _wanted(problem.device.processors, programs, work, alone)
     if wanted <= slices:
         return wanted, False
     if problem.deterministic:
@@ -37,9 +40,12 @@ def _shares(problem: Problem, programs: int, work: int, slices: int) -> tuple[in
     return wanted, True
 
 
-def coefficient_shares(problem: Problem, programs: int, work: int) -> tuple[int, bool]:
+def coefficient_shares(
+    problem: Problem, programs: int, work: int, alone: bool = False
+) -> tuple[int, bool]:
     """`_shares` of the coefficient gradient: slices of C_out * C_in/groups * R numbers, less than W."""
-    return _shares(problem, programs, work, max(1, (problem.geometry.taps - 1) // problem.rank))
+    slices = max(1, (problem.geometry.taps - 1) // problem.rank)
+    return _shares(problem, programs, work, slices, alone)
 
 
 def basis_shares(problem: Problem, programs: int, work: int, pieces: int) -> tuple[int, bool]:

@@ -134,15 +134,6 @@ void start(const char* function, Pieces pieces, uint32_t address) {
   }
 }
 
-// The swizzle permutes 16-byte chunks by the address bits above those of a row: PTX ISA, "Swizzling modes".
-uint32_t swizzled(uint32_t address, CUtensorMapSwizzle mode) {
-  const uint32_t bits = mode == CU_TENSOR_MAP_SWIZZLE_128B  ? 7
-                        : mode == CU_TENSOR_MAP_SWIZZLE_64B ? 3
-                        : mode == CU_TENSOR_MAP_SWIZZLE_32B ? 1
-                                                            : 0;
-  return address ^ (address >> 7 & bits) << 4;
-}
-
 Pieces box_of(const char* function, uint32_t address, const CUtensorMap& map, const Coordinates& at) {
   const uint32_t row = map.box[0] * 2;
   const size_t rows = size_t{map.box[1]} * map.box[2] * map.box[3];
@@ -202,6 +193,15 @@ void begin_block() {
   begin_block_products();
 }
 
+// The swizzle permutes 16-byte chunks by the address bits above those of a row: PTX ISA, "Swizzling modes".
+uint32_t swizzled(uint32_t address, CUtensorMapSwizzle mode) {
+  const uint32_t bits = mode == CU_TENSOR_MAP_SWIZZLE_128B  ? 7
+                        : mode == CU_TENSOR_MAP_SWIZZLE_64B ? 3
+                        : mode == CU_TENSOR_MAP_SWIZZLE_32B ? 1
+                                                            : 0;
+  return address ^ (address >> 7 & bits) << 4;
+}
+
 bool land_one() {
   if (loads.empty()) return false;
   std::swap(loads[rng.below(loads.size())], loads.back());
@@ -229,6 +229,17 @@ std::string unfinished_block() {
 }
 
 void warp_synchronized(const Warp& warp) { ++synchronized[&warp]; }
+
+bool brought_together(const void* one, const void* other) {
+  const Chunk &a = chunk_at(one), &b = chunk_at(other);
+  return a.barrier == b.barrier && a.phase == b.phase;
+}
+
+void check_fenced(const Thread& issuer, const char* function, const void* pointer) {
+  if (chunk_at(pointer).unfenced != 0) {
+    fail_at(issuer, function, "reads what threads have written without a fence_proxy_async()");
+  }
+}
 
 void check_landed(const Thread& lane, const char* function, const void* pointer) {
   const Chunk& chunk = chunk_at(pointer);
@@ -331,12 +342,9 @@ void tensor_store(uint32_t shared, const CUtensorMap& map, Coordinates at, Site 
   if (!enter(site)) return;
   Pieces pieces = box_of("tensor_store", shared, map, at);
   for (const auto& [from, global] : pieces) {
-    Chunk& chunk = chunk_at(from);
-    if (chunk.unfenced != 0) {
-      fail_at(*block.thread, "tensor_store", "reads what threads have written without a fence_proxy_async()");
-    }
+    check_fenced(*block.thread, "tensor_store", from);
     check_landed(*block.thread, "tensor_store", from);
-    ++chunk.stores;
+    ++chunk_at(from).stores;
   }
   Store store = {std::move(pieces), false};
   if (eager) {

@@ -7,14 +7,15 @@
 //    not before: until then its accumulators are NaN. That a thread writes to any of these registers meanwhile
 //    is an error.
 //  - With HYPERCONV_HOST_EAGER=1 all of these are done at once instead.
-//  - Every 16 bytes of shared memory remember who wrote them. It is an error if the copy engine reads what a
-//    thread has written and not fenced; if a lane reads what a copy brings and has not itself waited for the
+//  - Every 16 bytes of shared memory remember who wrote them. It is an error if the copy engine or a
+//    wgmma reads what a thread has written and not fenced; if a lane reads what a copy brings and has not itself waited for the
 //    phase of the mbarrier that the copy counts for; if a warp overwrites what a store of another lane has
 //    read without a __syncwarp() after that lane's wait.
 //  - Barriers: errors are arrivals beyond the count, bytes not announced, a phase that ends before all who
 //    waited for the one before it went on, and threads that wait for ever.
 //  - wgmma: errors are a group without a fence before it, warps of a warpgroup that do not multiply the same,
-//    what is left unwaited for, and descriptors other than unswizzled K-major ones, the only kind implemented.
+//    what is left unwaited for, and descriptors other than K-major without a swizzle and, transposed, N-major
+//    swizzled by 128 bytes, the kinds implemented.
 //  - The shared window begins at a random multiple of 128.
 //
 // Stricter than the PTX ISA is that every group begins with a wgmma.fence, and that each lane waits itself.
@@ -55,7 +56,8 @@ void set_registers(bool more, int count, Site site);
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
-void wgmma(Format format, int width, float* d, const uint32_t* a, uint64_t b, bool accumulate, Site site);
+void wgmma(Format format, int width, bool transposed, float* d, const uint32_t* a, uint64_t b, bool accumulate,
+           Site site);
 
 }  // namespace hyperconv_host
 

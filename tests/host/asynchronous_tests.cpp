@@ -36,8 +36,9 @@ void make_barrier(int count) {
   __syncthreads();
 }
 
-// d [128, kWidth / 2] (+)= a [128, 4] by the core operand `b`, with what the lanes see before the wait.
-template <typename T, int kWidth>
+// d [128, kWidth / 2] (+)= a [128, 4] by the operand `b`, in cores or transposed and swizzled, with what the lanes
+// see before the wait.
+template <typename T, int kWidth, int kTransposed = 0>
 __global__ void wgmma_kernel(const uint32_t* a, const void* b, int k_stride, bool accumulate, float* d,
                              float* before) {
   constexpr int kCount = kWidth / 2;
@@ -53,9 +54,10 @@ __global__ void wgmma_kernel(const uint32_t* a, const void* b, int k_stride, boo
   for (int n = 0; n < 4; ++n) left[n] = a[i * 4 + n];
   for (int n = 0; n < kCount; ++n) sum[n] = d[i * kCount + n];
   ptx::wgmma_fence();
-  const uint64_t right = ptx::core_descriptor(data_address(), k_stride);
-  ptx::Wgmma<T, kWidth>::multiply(sum, left, right, accumulate);
-  ptx::Wgmma<T, kWidth>::multiply(sum, left, right, true);
+  const uint64_t right = kTransposed != 0 ? ptx::swizzled_descriptor(data_address())
+                                          : ptx::core_descriptor(data_address(), k_stride);
+  ptx::Wgmma<T, kWidth, kTransposed>::multiply(sum, left, right, accumulate);
+  ptx::Wgmma<T, kWidth, kTransposed>::multiply(sum, left, right, true);
   ptx::wgmma_commit();
   for (int n = 0; n < kCount; ++n) before[i * kCount + n] = sum[n];
   ptx::wgmma_wait<0>();
@@ -159,6 +161,8 @@ enum class Fault {
   kWgmmaSumChanged,
   kWgmmaDescriptor,
   kWgmmaOutside,
+  kWgmmaRightUnfenced,
+  kWgmmaRightMisaligned,
   kWgmmaLanes,
   kWgmmaWarps,
   kRegisters,
@@ -219,6 +223,10 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
   if (is(Fault::kWgmmaOutside)) right = ptx::core_descriptor(data, 1024 * 100);
   if (is(Fault::kWgmmaLanes) && lane == 7) right += 1;
   if (is(Fault::kWgmmaWarps) && warp == 3) right += 8;
+  if (is(Fault::kWgmmaRightUnfenced)) ptx::stmatrix_x4(data + 16 * lane, left);
+  if (is(Fault::kWgmmaRightMisaligned)) {
+    ptx::Wgmma<__half, 64, 1>::multiply(sum, left, ptx::swizzled_descriptor(data + 128), true);
+  }
   ptx::Wgmma<__half, 64>::multiply(sum, left, right, true);
   if (!is(Fault::kWgmmaUncommitted)) ptx::wgmma_commit();
   if (is(Fault::kWgmmaLeftChanged)) left[2] = 5;
@@ -248,19 +256,21 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
 
 }  // namespace
 
-HYPERCONV_EXPORT int leaf_wgmma(int half, int width, const void* a, const void* b, int k_stride,
+HYPERCONV_EXPORT int leaf_wgmma(int half, int width, int transposed, const void* a, const void* b, int k_stride,
                                 int accumulate, float* d, float* before) {
   const auto with = [&](auto* kernel) {
     return launch(128, kernel, static_cast<const uint32_t*>(a), b, k_stride, accumulate != 0, d, before);
   };
-  if (half != 0) {
-    if (width == 64) return with(wgmma_kernel<__half, 64>);
-    if (width == 80) return with(wgmma_kernel<__half, 80>);
-    return with(wgmma_kernel<__half, 128>);
-  }
-  if (width == 64) return with(wgmma_kernel<__nv_bfloat16, 64>);
-  if (width == 80) return with(wgmma_kernel<__nv_bfloat16, 80>);
-  return with(wgmma_kernel<__nv_bfloat16, 128>);
+  const auto of = [&](auto element) {
+    using T = decltype(element);
+    if (transposed != 0) return with(wgmma_kernel<T, 64, 1>);
+    if (width == 32) return with(wgmma_kernel<T, 32>);
+    if (width == 48) return with(wgmma_kernel<T, 48>);
+    if (width == 64) return with(wgmma_kernel<T, 64>);
+    if (width == 80) return with(wgmma_kernel<T, 80>);
+    return with(wgmma_kernel<T, 128>);
+  };
+  return half != 0 ? of(__half()) : of(__nv_bfloat16());
 }
 HYPERCONV_EXPORT int leaf_movmatrix(const uint32_t* pairs, uint32_t* turned) {
   return launch(32, movmatrix_kernel, pairs, turned);

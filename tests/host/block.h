@@ -2,6 +2,8 @@
 // asynchronous.cpp, which does what the hardware does beside them.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstring>
 #include <deque>
 #include <sstream>
@@ -137,6 +139,12 @@ std::string unfinished_block_products();
 void check_overwritable(const Warp& warp, const Thread& lane, const char* function, void* pointer);
 // The running warp passed a __syncwarp().
 void warp_synchronized(const Warp& warp);
+// `address` in the shared window with its 16-byte chunks permuted.
+uint32_t swizzled(uint32_t address, CUtensorMapSwizzle mode);
+// Whether the same copy, or none, brings the 16 bytes at both.
+bool brought_together(const void* one, const void* other);
+// Whether what reads beside the threads may read the 16 bytes at `pointer`, which threads may have written.
+void check_fenced(const Thread& issuer, const char* function, const void* pointer);
 // Whether lane `lane` may read the 16 bytes at `pointer`, which an asynchronous copy may have brought.
 void check_landed(const Thread& lane, const char* function, const void* pointer);
 

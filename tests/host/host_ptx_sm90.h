@@ -72,13 +72,13 @@ void wgmma_wait(HYPERCONV_CALLER) {
 template <int kCount>
 void keep(float (&)[kCount]) {}
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, int kTransposed = 0>
 struct Wgmma {
   static void multiply(float (&d)[kWidth / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
                        HYPERCONV_CALLER) {
     using hyperconv_host::Format;
     constexpr Format kFormat = std::is_same_v<T, __half> ? Format::kHalf : Format::kBfloat16;
-    hyperconv_host::wgmma(kFormat, kWidth, d, a, b, accumulate, {file, line});
+    hyperconv_host::wgmma(kFormat, kWidth, kTransposed != 0, d, a, b, accumulate, {file, line});
   }
 };
 

@@ -14,14 +14,22 @@ namespace {
 
 constexpr int kGroupWarps = 4, kDepth = 16;
 
+// Eight numbers of a right operand [k, n]: along n if it is transposed, else along k.
+struct Piece {
+  const unsigned char* bytes;
+  int k, n;
+};
+
 // A warp's part in a wgmma: 16 rows of the 64.
 struct Product {
   Format format;
   int width;
+  bool transposed;  // the right operand
   float* d[kWarp];
   const uint32_t* a[kWarp];
   uint32_t issued[kWarp][4];  // a
   uint64_t b;
+  std::vector<Piece> right;
   bool accumulate;
   Site site;
 };
@@ -46,6 +54,7 @@ std::map<const Warp*, Progress> progress;
 struct ProductOperands {
   Format format;
   int width;
+  bool transposed;
   uint64_t b;
   bool accumulate;
 };
@@ -63,29 +72,66 @@ float to_float(Format format, uint32_t bits) {
                                  : number_of<__nv_bfloat16, __bfloat162float>(bits & 0xffff);
 }
 
-// PTX ISA, "Matrix descriptor": the start, and the offsets along k (leading) and along N (stride), each
-// without its last four bits; a base offset and the swizzle mode in bits 49 to 51 and 62 to 63. Unswizzled and
-// K-major, a core is 8 rows of 16 bytes, one after the other.
-void read_right(Thread* const (&lanes)[kWarp], const Product& product, std::vector<float>& b) {
-  const Thread& lane = *lanes[0];
-  const uint64_t bits = product.b;
-  const uint64_t known = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32;
-  if ((bits & ~known) != 0) {
-    fail_at(lane, "wgmma", "a descriptor with a swizzle, a base offset or reserved bits is not implemented");
+// PTX ISA, "Matrix descriptor": the start, and the leading and the stride offset, each without its last four
+// bits; a base offset and the swizzle mode in bits 49 to 51 and 62 to 63.
+//
+// K-major without a swizzle, 8 numbers along k in 16 bytes, the next column 16 bytes on; eight columns on by the
+// stride, eight numbers along k by the leading offset. N-major swizzled by 128 bytes, 8 numbers along N in 16
+// bytes, eight such in a row, the next row along k 128 bytes on; eight rows on by the stride, 64 columns by the
+// leading offset; the swizzle is of the address.
+std::vector<Piece> right_of(const Thread& lane, const Product& product) {
+  const uint64_t bits = product.b, mode = bits >> 62;
+  const uint64_t known = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
+  if ((bits & ~known) != 0 || mode != (product.transposed ? 1 : 0)) {
+    fail_at(lane, "wgmma", "a descriptor with another swizzle, a base offset or reserved bits is not implemented");
   }
   const uint32_t start = (bits & 0x3fff) << 4, leading = (bits >> 16 & 0x3fff) << 4,
                  stride = (bits >> 32 & 0x3fff) << 4;
-  for (int half = 0; half < 2; ++half) {
-    for (int n = 0; n < product.width; ++n) {
-      const uint32_t address = start + half * leading + n / 8 * stride + n % 8 * 16;
-      const auto* row = static_cast<const unsigned char*>(shared_pointer(address));
-      if (row < block.shared || row + 16 > block.shared + block.shared_bytes) {
-        fail_at(lane, "wgmma", "the right operand reaches outside shared memory");
+  if (product.transposed && start % 1024 != 0) {
+    fail_at(lane, "wgmma", "a swizzled right operand that does not begin at a multiple of 1024");
+  }
+  std::vector<Piece> pieces;
+  const auto add = [&](uint32_t address, int k, int n) {
+    const auto* bytes = static_cast<const unsigned char*>(shared_pointer(address));
+    if (bytes < block.shared || bytes + 16 > block.shared + block.shared_bytes) {
+      fail_at(lane, "wgmma", "the right operand reaches outside shared memory");
+    }
+    pieces.push_back({bytes, k, n});
+  };
+  if (product.transposed) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int n = 0; n < product.width; n += 8) {
+        const uint32_t address = start + n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128;
+        add(swizzled(address, CU_TENSOR_MAP_SWIZZLE_128B), k, n);
       }
-      for (Thread* each : lanes) check_landed(*each, "wgmma", row);
-      uint16_t numbers[8];
-      std::memcpy(numbers, row, 16);
-      for (int e = 0; e < 8; ++e) b[(half * 8 + e) * product.width + n] = to_float(product.format, numbers[e]);
+    }
+  } else {
+    for (int k = 0; k < kDepth; k += 8) {
+      for (int n = 0; n < product.width; ++n) add(start + k / 8 * leading + n / 8 * stride + n % 8 * 16, k, n);
+    }
+  }
+  return pieces;
+}
+
+// Nobody may be writing to the right operand: neither when the product is issued nor when it reads.
+void check_right(Thread* const (&lanes)[kWarp], const Product& product) {
+  const unsigned char* last = nullptr;
+  for (const Piece& piece : product.right) {
+    check_fenced(*lanes[0], "wgmma", piece.bytes);
+    if (last == nullptr || !brought_together(last, piece.bytes)) {
+      for (Thread* lane : lanes) check_landed(*lane, "wgmma", piece.bytes);
+    }
+    last = piece.bytes;
+  }
+}
+
+void read_right(const Product& product, std::vector<float>& b) {
+  for (const Piece& piece : product.right) {
+    uint16_t numbers[8];
+    std::memcpy(numbers, piece.bytes, 16);
+    for (int e = 0; e < 8; ++e) {
+      const int k = piece.k + (product.transposed ? 0 : e), n = piece.n + (product.transposed ? e : 0);
+      b[k * product.width + n] = to_float(product.format, numbers[e]);
     }
   }
 }
@@ -96,7 +142,8 @@ void multiply(Thread* const (&lanes)[kWarp], const Product& product,
               std::vector<std::vector<float>>& values) {
   const int width = product.width;
   std::vector<float> b(kDepth * width), sum(width);
-  read_right(lanes, product, b);
+  check_right(lanes, product);
+  read_right(product, b);
   float a[16][kDepth];
   for (int l = 0; l < kWarp; ++l) {
     for (int i = 0; i < 4; ++i) {
@@ -145,8 +192,8 @@ void finish(Thread* const (&lanes)[kWarp], Progress& own, const Product& product
 void perform_wgmma(Thread* const (&lanes)[kWarp]) {
   Progress& own = progress[block.warp];
   const auto& operands = *static_cast<const ProductOperands*>(lanes[0]->operands.second);
-  Product product = {operands.format, operands.width, {}, {}, {}, operands.b, operands.accumulate,
-                     lanes[0]->site};
+  Product product = {operands.format, operands.width, operands.transposed, {}, {}, {}, operands.b,
+                     {}, operands.accumulate, lanes[0]->site};
   for (int l = 0; l < kWarp; ++l) {
     const auto& other = *static_cast<const ProductOperands*>(lanes[l]->operands.second);
     if (other.b != operands.b || other.accumulate != operands.accumulate) {
@@ -156,6 +203,8 @@ void perform_wgmma(Thread* const (&lanes)[kWarp]) {
     product.a[l] = static_cast<const uint32_t*>(lanes[l]->operands.first);
     std::memcpy(product.issued[l], product.a[l], sizeof product.issued[l]);
   }
+  product.right = right_of(*lanes[0], product);
+  check_right(lanes, product);
   if (!own.fenced) fail_at(*lanes[0], "wgmma", "no wgmma_fence() since the last wgmma_commit()");
   own.history.insert(own.history.end(), {operands.b, operands.accumulate, uint64_t(operands.width)});
   const auto [found, fresh] = own.sums.try_emplace(product.d[0]);
@@ -287,8 +336,9 @@ void wgmma_wait(int pending, Site site) {
   if (!skipped(site)) collect(kWait, {&pending, nullptr, nullptr}, site);
 }
 
-void wgmma(Format format, int width, float* d, const uint32_t* a, uint64_t b, bool accumulate, Site site) {
-  const ProductOperands operands = {format, width, b, accumulate};
+void wgmma(Format format, int width, bool transposed, float* d, const uint32_t* a, uint64_t b, bool accumulate,
+           Site site) {
+  const ProductOperands operands = {format, width, transposed, b, accumulate};
   collect(kWgmma, {a, &operands, d}, site);
 }
 

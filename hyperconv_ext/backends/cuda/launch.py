@@ -15,7 +15,8 @@ from ...problem import Plan
 from ..reference import ACTIVATIONS, LEAKY_SLOPE
 from ..scaling import scale_norms
 from ..shares import total
-from .tiles import basis_pieces, channels, map_of, shares
+from . import tiles, wgmma
+from .tiles import basis_pieces, channels, map_of
 
 _TILE = 256  # elements of a packed 16x16 tile
 _ACTIVATIONS = tuple(ACTIVATIONS)  # their numbers are those of `Activation` in csrc/launchers.h
@@ -48,19 +49,21 @@ def _fixed_of(plan: Plan) -> _Fixed:
     tiles_i, tiles_o = -(-size_i // 16), -(-size_o // multiple) * (multiple // 16)
     bands = 0 if kernel.family == "basis_gradient" else map.units.bands * map.chunks
     packed = 0
-    if kernel.family != "coefficient_gradient":
+    if problem.op != "basis_conv_bwd_coeff":
         packed = problem.geometry.groups * tiles_i * tiles_o
     sizes = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
     choice = (*sizes, tile.shared_bytes, tile.patch_width)
     rank = problem.rank
     if tile.patch_width:  # by `wgmma`: all its functions, one set of bands
         bands, rank = tile.slice, kernel.ranks
-    sums = kernel.family in ("coefficient_gradient", "basis_gradient") and problem.dtype == "float16"
+    count, atomic = (wgmma if tile.patch_width else tiles).shares(problem, tile)
+    sums = problem.op in ("basis_conv_bwd_coeff", "basis_conv_bwd_basis") and problem.dtype == "float16"
     scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums else 0
     return _Fixed(
         torch.tensor([*map.numbers, *choice], dtype=torch.int32, device="cpu"),
         (bands + packed) * rank * _TILE + scales,
-        *shares(problem, tile),
+        count,
+        atomic,
         basis_pieces(map),
     )
 
@@ -182,6 +185,9 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     """
     problem, fixed = plan.problem, _fixed_of(plan)
     shape = (problem.out_channels, channels(problem)[0], problem.rank)
+    by_function = plan.tile.patch_width > 0  # as `wgmma` leaves the sums
+    if by_function:
+        shape = (shape[2], *shape[:2])
     if fixed.atomic:
         partial = input.new_zeros(shape, dtype=torch.float32)
     else:
@@ -200,7 +206,10 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         problem.tf32,
         problem.aligned,
     )
-    return (partial if fixed.atomic else total(partial)).to(input.dtype)
+    sums = partial if fixed.atomic else total(partial)
+    if by_function:
+        sums = sums.permute(1, 2, 0)
+    return sums.to(input.dtype, memory_format=torch.contiguous_format)
 
 
 def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor) -> Tensor:

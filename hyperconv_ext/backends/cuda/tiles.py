@@ -19,7 +19,13 @@ from ..figures import Number, figures, number
 from ..lattice import Axis, Lattice, lattice
 from ..shares import basis_shares, coefficient_shares
 
-Family = Literal["basis_conv", "coefficient_gradient", "basis_gradient", "basis_conv_sm90"]
+Family = Literal[
+    "basis_conv",
+    "coefficient_gradient",
+    "basis_gradient",
+    "basis_conv_sm90",
+    "coefficient_gradient_sm90",
+]
 
 
 @dataclass(frozen=True)

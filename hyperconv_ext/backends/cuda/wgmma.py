@@ -1,4 +1,4 @@
-"""Tiles of csrc/basis_conv_sm90.cu: which problems it takes, and how long it needs for them."""
+"""Tiles of the kernels by wgmma, csrc/*_sm90.cu: which problems they take, and how long they need."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from ...problem import Problem
 from .. import cost
 from ..cost import Work
 from ..figures import number
-from .tiles import Kernel, Tile, channels
+from ..shares import coefficient_shares
+from .tiles import Family, Kernel, Tile, channels
 
 CAPABILITY = 90
 RANKS = 5
-CHANNELS = (64, 128)  # in, and as many out
-_SIDE = 8  # outputs along both axes of a consumer's square
-_CONSUMERS = 2
+CHANNELS = (64, 128)  # in, and as many out, of a convolution
+_SIDE = 8  # outputs along both axes of a square
+_UNITS = 4  # of a square
+_GROUPS = 2  # warpgroups that multiply
 _ROWS = 64  # of a warpgroup's products
 _BOX = 64  # channels of a copy
+_ALIGNMENT = 1024
 
 
 class Shape(NamedTuple):
-    """How a consumer's 8x8 outputs are divided; `Shape` in csrc/basis_conv_sm90.cu.
+    """How a square of 8x8 outputs is divided; `Shape` in csrc/squares.cuh.
 
     `largest`: kernel size along either axis. `unit`: (height, width) of 16 outputs, whose patch is
-    `patch_width` wide in `steps` times 16 positions. `halo`: positions (height, width), `stages` of them
-    in shared memory for each consumer.
+    `patch_width` wide in `steps` times 16 positions. `halo`: positions (height, width).
     """
 
     largest: int
@@ -33,24 +35,32 @@ class Shape(NamedTuple):
     patch_width: int
     steps: int
     halo: tuple[int, int]
-    stages: int
+
+    @property
+    def halo_bytes(self) -> int:
+        """Of 64 channels."""
+        return prod(self.halo) * 2 * _BOX
+
+    @property
+    def band_bytes(self) -> int:
+        """Of all functions."""
+        return self.steps * RANKS * 16 * 32
 
 
 SHAPES = (
-    Shape(5, (4, 4), 8, 4, (12, 16), 2),
-    Shape(7, (8, 2), 8, 7, (14, 16), 2),
-    Shape(11, (4, 4), 16, 14, (18, 24), 1),
+    Shape(5, (4, 4), 8, 4, (12, 16)),
+    Shape(7, (8, 2), 8, 7, (14, 16)),
+    Shape(11, (4, 4), 16, 14, (18, 24)),
 )
+_LARGE_HALO = 32 * 1024  # bytes: fewer of them are in shared memory together
 
 
 def reason(problem: Problem) -> str:
     """What of `problem` the kernel does not take, whatever the device, or ''."""
     geometry, squares = problem.geometry, _squares(problem)
-    size_i, size_o = channels(problem)
     plain = {*geometry.stride, *geometry.dilation, geometry.groups} == {1}
-    counts = " or ".join(map(str, CHANNELS))
     rows = (
-        (problem.op in ("basis_conv_fwd", "basis_conv_bwd_input"), f"it computes no {problem.op}"),
+        (problem.op != "basis_conv_bwd_basis", f"it computes no {problem.op}"),
         (number(problem) == "half", f"it takes float16 and bfloat16, not {problem.dtype}"),
         (geometry.dims == 2, f"it takes 2 spatial axes, not {geometry.dims}"),
         (
@@ -58,10 +68,7 @@ def reason(problem: Problem) -> str:
             f"it takes stride 1, dilation 1 and one group, "
             f"not {geometry.stride}, {geometry.dilation} and {geometry.groups}",
         ),
-        (
-            size_i == size_o and size_i in CHANNELS,
-            f"it takes {counts} channels in and as many out, not {size_i} and {size_o}",
-        ),
+        _channels_fit(problem),
         (problem.rank <= RANKS, f"it takes up to {RANKS} basis functions, not {problem.rank}"),
         (
             max(geometry.kernel_size) <= SHAPES[-1].largest,
@@ -76,10 +83,22 @@ def reason(problem: Problem) -> str:
     return next((why for fits, why in rows if not fits), "")
 
 
+def _channels_fit(problem: Problem) -> tuple[bool, str]:
+    size_i, size_o = channels(problem)
+    if problem.op == "basis_conv_bwd_coeff":
+        fits = size_i % _BOX == size_o % _BOX == 0
+        return fits, f"it takes multiples of {_BOX} channels in and out, not {size_i} and {size_o}"
+    counts = " or ".join(map(str, CHANNELS))
+    return (
+        size_i == size_o and size_i in CHANNELS,
+        f"it takes {counts} channels in and as many out, not {size_i} and {size_o}",
+    )
+
+
 def _squares(problem: Problem) -> int:
     geometry = problem.geometry
-    forward = problem.op == "basis_conv_fwd"
-    size = geometry.output_size if forward else geometry.input_size
+    transposed = problem.op == "basis_conv_bwd_input"
+    size = geometry.input_size if transposed else geometry.output_size
     return problem.batch * prod(-(-extent // _SIDE) for extent in size)
 
 
@@ -88,65 +107,125 @@ def _block_bytes(size: int) -> int:
     return RANKS * 16 * size * 2
 
 
-def _shared_bytes(shape: Shape, size: int) -> int:
+def _convolution(shape: Shape, size: int) -> Tile:
     """`Layout` in csrc/basis_conv_sm90.cu."""
     resident = size == _BOX
-    ring = 1 if resident else shape.stages + 1
-    halo = _CONSUMERS * shape.stages * prod(shape.halo) * 2 * _BOX
-    out = _CONSUMERS * _SIDE**2 * size * 2
+    stages = 1 if shape.halo_bytes > _LARGE_HALO else 2  # of each consumer
+    ring = 1 if resident else stages + 1
     weights = (size // 16 if resident else ring) * _block_bytes(size)
-    barriers = 1 + 2 * _CONSUMERS * shape.stages + 2 * ring
-    return halo + out + shape.steps * RANKS * 16 * 32 + weights + 8 * barriers + 1024
+    staged = _GROUPS * (stages * shape.halo_bytes + _SIDE**2 * size * 2)
+    barriers = 8 * (1 + 2 * _GROUPS * stages + 2 * ring)
+    shared = staged + shape.band_bytes + weights + barriers + _ALIGNMENT
+    return _tile("basis_conv_sm90", size, shape, stages, shared)
 
 
-def tile_of(shape: Shape, size: int) -> Tile:
-    """The instantiation for so many channels."""
+def _coefficients(shape: Shape) -> Tile:
+    """`Layout` in csrc/coefficient_gradient_sm90.cu."""
+    stages = 3 if shape.halo_bytes > _LARGE_HALO else 4
+    shared = stages * _stage_bytes(shape) + shape.band_bytes + 8 * (1 + 2 * stages) + _ALIGNMENT
+    return _tile("coefficient_gradient_sm90", _BOX, shape, stages, shared)
+
+
+def _stage_bytes(shape: Shape) -> int:
+    """Of 64 channels of x and of the gradient, for a square."""
+    return shape.halo_bytes + _SIDE**2 * 2 * _BOX
+
+
+def _tile(family: Family, outputs: int, shape: Shape, stages: int, shared_bytes: int) -> Tile:
     height, width = shape.unit
     return Tile(
-        Kernel("basis_conv_sm90", "half", size, RANKS),
+        Kernel(family, "half", outputs, RANKS),
         (1, height, width),
         (1, 1, _SIDE // height, _SIDE // width),
         shape.steps,
-        shape.stages,
-        _shared_bytes(shape, size),
+        stages,
+        shared_bytes,
         shape.patch_width,
     )
+
+
+def tile_of(problem: Problem, shape: Shape) -> Tile:
+    """The instantiation for such a problem."""
+    if problem.op == "basis_conv_bwd_coeff":
+        return _coefficients(shape)
+    return _convolution(shape, channels(problem)[0])
 
 
 def choose(problem: Problem) -> tuple[Tile, float]:
     """The tile of a problem for which there is no `reason`, and the estimated seconds."""
     largest = max(problem.geometry.kernel_size)
-    shape = next(shape for shape in SHAPES if largest <= shape.largest)
-    tile = tile_of(shape, channels(problem)[0])
+    tile = tile_of(problem, next(shape for shape in SHAPES if largest <= shape.largest))
     return tile, cost.seconds(works(problem, tile), problem.device)
 
 
+def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
+    """(shares of the sum over outputs, whether atomic) of a gradient; (1, False) for a convolution."""
+    if tile.kernel.family == "basis_conv_sm90":
+        return 1, False
+    return coefficient_shares(problem, _programs(problem), _squares(problem), alone=True)
+
+
+def _programs(problem: Problem) -> int:
+    """Blocks of a share of the gradient of A."""
+    return problem.in_channels // _BOX * (problem.out_channels // _BOX)
+
+
 def works(problem: Problem, tile: Tile) -> list[Work]:
-    """What the two launches execute."""
-    size, steps = tile.kernel.outputs, tile.slice
-    shape = next(shape for shape in SHAPES if shape.steps == steps)
+    """What the launches execute."""
+    shape = next(shape for shape in SHAPES if shape.steps == tile.slice)
+    if problem.op == "basis_conv_bwd_coeff":
+        return _coefficient_works(problem, tile, shape)
+    return _convolution_works(problem, shape)
+
+
+def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
+    size, steps = channels(problem)[0], shape.steps
     blocks_i, columns = size // 16, 16 * RANKS
     squares = _squares(problem)
-    blocks = min(problem.device.processors, -(-squares // _CONSUMERS))
-    busiest = _CONSUMERS * -(-squares // (_CONSUMERS * blocks))  # squares of a block
+    blocks = min(problem.device.processors, -(-squares // _GROUPS))
+    busiest = _GROUPS * -(-squares // (_GROUPS * blocks))  # squares of a block
     products = blocks_i * 16 * _ROWS * (steps * columns + RANKS * size)
-    streamed = 0 if size == _BOX else blocks_i * _block_bytes(size) // _CONSUMERS
+    streamed = 0 if size == _BOX else blocks_i * _block_bytes(size) // _GROUPS
     halo = prod(shape.halo) * 2 * size
     out = _SIDE**2 * size * 2
     # Patches by ldmatrix, and the right operands; what the copy engine writes and reads.
     read = blocks_i * 32 * (steps * (_ROWS + columns) + RANKS * size)
-    bands, packed = 32 * steps * columns, blocks_i * _block_bytes(size)
-    before, dram, after = cost.around(problem, bands, packed, 1, False)
+    packed = blocks_i * _block_bytes(size)
+    before, dram, after = cost.around(problem, shape.band_bytes, packed, 1, False)
     main = Work(
         number="half",
         library=True,  # wgmma's rate
         multiply_adds=products * squares,
         dram=dram,
         blocks=blocks,
-        warps=4 * _CONSUMERS,
+        warps=4 * _GROUPS,
         products=products * busiest,
         shared=busiest * (read + halo + streamed + 2 * out),
         cache=busiest * (halo + streamed + out),
-        steps=busiest // _CONSUMERS * blocks_i,
+        steps=busiest // _GROUPS * blocks_i,
+    )
+    return [before, main, *after]
+
+
+def _coefficient_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
+    steps, columns, squares = shape.steps, 16 * RANKS, _squares(problem)
+    programs = _programs(problem)
+    count, atomic = shares(problem, tile)
+    busiest = -(-squares // count)
+    products = _UNITS * 16 * _ROWS * (steps * columns + RANKS * _BOX)
+    # The patch by ldmatrix for either warpgroup, and the right operands.
+    read = _UNITS * 32 * (steps * (_GROUPS * _ROWS + columns) + RANKS * _BOX)
+    before, dram, after = cost.around(problem, shape.band_bytes, 0, count, atomic)
+    main = Work(
+        number="half",
+        library=True,
+        multiply_adds=products * squares * programs,
+        dram=dram,
+        blocks=programs * count,
+        warps=4 * _GROUPS,
+        products=products * busiest,
+        shared=busiest * (read + _stage_bytes(shape)),
+        cache=busiest * _stage_bytes(shape) + 4 * RANKS * _ROWS * _BOX,
+        steps=busiest * _UNITS,
     )
     return [before, main, *after]
