@@ -131,7 +131,7 @@ class BasisConv {
 
   __device__ __forceinline__ void consume(int group) const {
     const int lane = threadIdx.x % 32, unit = threadIdx.x / 32 % 4;
-    const uint32_t row = patch_row<S>(unit, lane);
+    const uint32_t row = transposed_row<S>(unit, lane);
     const uint64_t bands = band_descriptor(base_ + L::kBands);
     const uint64_t weights = ptx::core_descriptor(base_ + L::kWeights, kC / 8 * 128);
 

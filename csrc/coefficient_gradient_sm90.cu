@@ -117,7 +117,7 @@ class CoefficientGradient {
     const uint64_t bands = band_descriptor(base_ + L::kBands, kFirst);
     uint32_t row[kSquareUnits], patch[S::kSteps][4], left[2][kCount][4];
 #pragma unroll
-    for (int unit = 0; unit < kSquareUnits; ++unit) row[unit] = patch_row<S>(unit, lane) ^ quarter << 5;
+    for (int unit = 0; unit < kSquareUnits; ++unit) row[unit] = transposed_row<S>(unit, lane) ^ quarter << 5;
     float z[kWidth / 2], sum[kCount][kBox / 2] = {};
     Ring<L::kStages> stage(0);
 

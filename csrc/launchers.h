@@ -123,7 +123,7 @@ Status coefficient_gradient_sm90(Number number, const Lattice& map, const Choice
 struct BasisArguments {
   Operand g, x;
   const void* packed;
-  float* partial;  // [splits, patch pieces, R, K]; [R, K], zeros, if `atomic`
+  float* partial;  // [splits, pieces, R, K]; [R, K], zeros, if `atomic`
   int groups, rank, splits;
   bool atomic, aligned;
   const float* scales;  // of `prepare`
@@ -132,6 +132,10 @@ struct BasisArguments {
 int basis_gradient_pieces(const Lattice& map);
 Status basis_gradient(Number number, const Lattice& map, const Choice& choice,
                       const BasisArguments& arguments, cudaStream_t stream);
+// The same on what `prepare_cores` has written; the pieces are blocks of input channels.
+int basis_gradient_sm90_pieces(int in_channels);
+Status basis_gradient_sm90(Number number, const Lattice& map, const Choice& choice,
+                           const BasisArguments& arguments, cudaStream_t stream);
 
 // basis: float32 [features + constant, K]; the last row is ones if `constant`.
 Status coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,

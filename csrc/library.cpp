@@ -425,7 +425,8 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   a.g = operand("grad", grad, map, &Axis::out_size, groups);
   a.x = operand("input", input, map, &Axis::in_size, groups);
   Workspace room(workspace, input);
-  PrepareArguments p = preparation(&coefficients, groups, true, 1, room);
+  const bool cores = choice.patch_width != 0;
+  PrepareArguments p = preparation(&coefficients, groups, true, 1, room, cores ? choice.ranks : 1);
   a.scales = scales(number, p, room);
   if (a.scales) {
     STD_TORCH_CHECK(norms.has_value(), "norms: expected the sums of float16 coefficients, got None");
@@ -436,7 +437,8 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   }
   expect("coefficients", "channels in", a.x.channels, p.out_channels);
   expect("coefficients", "channels out", a.g.channels, p.in_channels);
-  expect("partial", "pieces of the patch", basis_gradient_pieces(map), pieces);
+  expect("partial", "pieces", cores ? basis_gradient_sm90_pieces(a.x.channels) : basis_gradient_pieces(map),
+         pieces);
   expect_room("partial", partial, (atomic ? 1 : splits * pieces) * p.rank * map.taps());
   a.packed = p.packed;
   a.partial = static_cast<float*>(partial.data_ptr());
@@ -446,6 +448,11 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   a.atomic = atomic;
   a.aligned = aligned;
   const DeviceScope scope(input);
+  if (cores) {
+    check_prepare_cores(number, map, choice, p, scope.stream());
+    DeviceScope::check(basis_gradient_sm90(number, map, choice, a, scope.stream()), "basis_gradient_sm90");
+    return;
+  }
   DeviceScope::check(prepare(number, map, p, scope.stream()), "prepare");
   DeviceScope::check(basis_gradient(number, map, choice, a, scope.stream()), "basis_gradient");
 }

@@ -297,7 +297,11 @@ __device__ void write_coefficient_row(const Lattice& map, const PrepareArguments
       static_cast<const Element*>(p.coefficients) + rank * p.stride_rank + out * p.stride_out;
   float factor = 1.0f;
   if constexpr (kScaled<N>) {
-    if (rank < p.rank) factor = scale_of(map, p, rank);
+    if (rank < p.rank) {
+      const float scale = scale_of(map, p, rank);
+      factor = p.bands ? scale : 1.0f / scale;
+      if (p.scales && in + out == 0) p.scales[rank] = scale;
+    }
   }
   struct alignas(16) Row {
     Element e[8];
@@ -328,7 +332,7 @@ Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const
   if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % 16 != 0 || p.rank > cores.ranks) {
     return kUnknownPlan;
   }
-  const int64_t band_rows = static_cast<int64_t>(cores.steps) * 2 * cores.ranks * 16;
+  const int64_t band_rows = p.bands ? static_cast<int64_t>(cores.steps) * 2 * cores.ranks * 16 : 0;
   const int64_t coefficient_rows =
       static_cast<int64_t>(p.in_channels / 16) * cores.ranks * 2 * p.out_channels;
   const int64_t blocks = (band_rows + coefficient_rows + kThreads - 1) / kThreads;

@@ -121,23 +121,29 @@ __device__ __forceinline__ uint32_t aligned_base() {
   return (address + kAlignment - 1) & ~(kAlignment - 1);
 }
 
-// From a halo's first byte to a lane's row of the first 8x8 matrices of a unit's patch, at channels 0..15;
-// the next 16 channels are an XOR with 32. Matrices 0 and 1 of ldmatrix are eight positions by eight channels
-// and the next eight; 2 and 3 the next eight positions.
+// From a halo's first byte to a lane's row of the first 8x8 matrices of a unit's patch: eight positions, or the
+// next eight, by channels 0..7, or 8..15. The next 16 channels are an XOR with 32.
 template <class S>
-__device__ __forceinline__ uint32_t patch_row(int unit, int lane) {
+__device__ __forceinline__ uint32_t patch_row(int unit, int lane, int next_positions, int next_channels) {
   const int next = S::kPatch == 8 ? S::kPitch : 8;
   const int column = S::unit_w(unit) + lane % 8;
-  const int position = S::unit_h(unit) * S::kPitch + column + lane / 16 * next;
-  return position * 2 * kBox + ((lane / 8 % 2 ^ column % 8) << 4);
+  const int position = S::unit_h(unit) * S::kPitch + column + next_positions * next;
+  return position * 2 * kBox + ((next_channels ^ column % 8) << 4);
 }
+// The same for x': matrices 0 and 1 of ldmatrix are channels 0..7 and 8..15, 2 and 3 the next positions.
+template <class S>
+__device__ __forceinline__ uint32_t transposed_row(int unit, int lane) {
+  return patch_row<S>(unit, lane, lane / 16, lane / 8 % 2);
+}
+// From those matrices to the next 16 positions.
+template <class S>
+constexpr int kPatchStep = (S::kPatch == 8 ? 2 * S::kPitch : S::kPitch) * 2 * kBox;
 
 // What a lane holds of x' for 16 channels, by its row of the first matrices: the others are a constant further.
 template <class S>
 __device__ __forceinline__ void load_patch(uint32_t (&patch)[S::kSteps][4], uint32_t row) {
-  constexpr int kStep = (S::kPatch == 8 ? 2 * S::kPitch : S::kPitch) * 2 * kBox;
 #pragma unroll
-  for (int j = 0; j < S::kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kStep);
+  for (int j = 0; j < S::kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kPatchStep<S>);
 }
 
 // The right operand of the functions from `first` on, of bands at this address.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from hyperconv_ext import functional, ops, planner
 from hyperconv_ext.backends import cuda
 from hyperconv_ext.backends.cuda import library, wgmma
 from hyperconv_ext.geometry import Geometry
-from hyperconv_ext.problem import OPS, Device, Problem
+from hyperconv_ext.problem import OPS, Device, Op, Problem
 
 from .oracle import check, relative_error
 
@@ -137,14 +138,13 @@ def test_overflow_of_z_in_float16(device, poisoned) -> None:
     assert relative_error(actual, truth) < 2.0**-9
 
 
-# The gradient of A.
-
-COEFFICIENTS = OPS.index("basis_conv_bwd_coeff")
+# The gradients of A and phi.
 
 
 class Gradient(NamedTuple):
-    """Of a kernel `kernel`; `processors`: among how many the sum is dealt out."""
+    """Of which of them; `processors`: among how many the sum is dealt out."""
 
+    op: Op
     kernel: tuple[int, int]
     channels: tuple[int, int] = (64, 64)
     size: tuple[int, int] = (17, 11)
@@ -157,53 +157,60 @@ class Gradient(NamedTuple):
         kernel, size, channels = (
             "x".join(map(str, pair)) for pair in (self.kernel, self.size, self.channels)
         )
-        return (
-            f"{kernel}-c{channels}-{size}-b{self.batch}-r{self.rank}-p{self.padding}-{self.processors}"
-        )
+        of = self.op.rpartition("_")[2]
+        shape = f"{kernel}-c{channels}-{size}-b{self.batch}-r{self.rank}-p{self.padding}"
+        return f"{of}-{shape}-{self.processors}"
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.conv(self.size, self.kernel, (1, 1), (self.padding,) * 2, (1, 1), 1)
 
 
+COEFF: Op = "basis_conv_bwd_coeff"
+BASIS: Op = "basis_conv_bwd_basis"
 GRADIENTS = [
-    *(Gradient((k, k), padding=k // 2) for k in (5, 7, 11)),
-    Gradient((7, 7), (64, 64), (8, 8), 1),  # one square
-    Gradient((7, 7), (64, 64), (7, 7), 1, padding=0),  # one output
-    Gradient((7, 7), (64, 128), (33, 25), 2, 4),  # each of the stages several times
-    Gradient((3, 3), (128, 64), (12, 9), 3, 1, 1, 5),
-    Gradient((11, 2), (64, 64), (18, 11), 2, 2, 5, 3),
-    Gradient((1, 6), (192, 64), (9, 20), 1, 3, 2, 20),
+    *(Gradient(op, (k, k), padding=k // 2) for op in (COEFF, BASIS) for k in (5, 7, 11)),
+    *(Gradient(op, (7, 7), size=(8, 8)) for op in (COEFF, BASIS)),  # one square
+    *(Gradient(op, (7, 7), size=(7, 7), padding=0) for op in (COEFF, BASIS)),  # one output
+    *(Gradient(op, (11, 2), size=(18, 11), batch=2, rank=2, padding=5) for op in (COEFF, BASIS)),
+    *(Gradient(op, (3, 3), (128, 64), (12, 9), 3, 1, 1, 5) for op in (COEFF, BASIS)),
+    # Each of the stages several times.
+    *(Gradient(op, (7, 7), (64, 128), (33, 25), 2, 4) for op in (COEFF, BASIS)),
+    Gradient(COEFF, (1, 6), (192, 64), (9, 20), 1, 3, 2, 20),
+    Gradient(BASIS, (1, 5), (192, 128), (9, 20), 1, 3, 2, 20),
 ]
 
 
 def draw_gradient(case: Gradient, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """(grad, input, basis)."""
-    geometry = Geometry.conv(case.size, case.kernel, (1, 1), (case.padding,) * 2, (1, 1), 1)
+    """(grad, input, and phi or A)."""
     size_i, size_o = case.channels
-    sizes = ((size_o, geometry.output_size), (size_i, case.size))
+    sizes = ((size_o, case.geometry.output_size), (size_i, case.size))
     activations = [
         torch.randn(case.batch, channels, *size, device=device)
         .to(dtype)
         .contiguous(memory_format=torch.channels_last)
         for channels, size in sizes
     ]
-    taps = case.kernel[0] * case.kernel[1]
-    return *activations, torch.randn(case.rank, *case.kernel, device=device) / taps**0.5
+    if case.op == BASIS:
+        return *activations, (torch.randn(size_o, size_i, case.rank, device=device) / 8).to(dtype)
+    return *activations, torch.randn(case.rank, *case.kernel, device=device) / case.geometry.taps**0.5
 
 
 def gradient(case: Gradient, operands: tuple[Tensor, ...], deterministic: bool = False) -> Tensor:
     """By `wgmma`."""
-    geometry = Geometry.conv(case.size, case.kernel, (1, 1), (case.padding,) * 2, (1, 1), 1)
-    problem = ops.problem_of(COEFFICIENTS, operands, geometry)
+    problem = ops.problem_of(OPS.index(case.op), operands, case.geometry)
     device = dataclasses.replace(problem.device, processors=case.processors)
     problem = dataclasses.replace(problem, device=device, deterministic=deterministic)
-    return cuda.basis_conv_bwd_coeff(planner.plan(problem, "cuda", "wgmma"), *operands)
+    return getattr(cuda, case.op)(planner.plan(problem, "cuda", "wgmma"), *operands)
 
 
-def true_gradient(case: Gradient, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+def true_gradient(case: Gradient, grad: Tensor, input: Tensor, factor: Tensor) -> Tensor:
     """By the reference, in the dtype of its operands."""
-    shape = (*case.channels[::-1], case.rank)
-    coefficients = torch.zeros(shape, dtype=input.dtype, device=input.device, requires_grad=True)
-    options = {"padding": case.padding, "backend": "reference"}
-    y = functional.basis_conv2d(input, coefficients, basis, **options)
-    return torch.autograd.grad(y, coefficients, grad)[0]
+    shape = (*case.channels[::-1], case.rank) if case.op == COEFF else (case.rank, *case.kernel)
+    other = torch.zeros(shape, dtype=input.dtype, device=input.device, requires_grad=True)
+    factors = (other, factor) if case.op == COEFF else (factor, other)
+    y = functional.basis_conv2d(input, *factors, padding=case.padding, backend="reference")
+    return torch.autograd.grad(y, other, grad)[0]
 
 
 @runs
@@ -211,7 +218,7 @@ def true_gradient(case: Gradient, grad: Tensor, input: Tensor, basis: Tensor) ->
     ("dtype", "deterministic"), [(torch.bfloat16, True), (torch.float16, False)], ids=str
 )
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
-def test_the_gradient_of_the_coefficients(case, dtype, deterministic: bool, device, poisoned) -> None:
+def test_a_gradient_equals_the_oracle(case, dtype, deterministic: bool, device, poisoned) -> None:
     operands = draw_gradient(case, dtype, device)
     actual = gradient(case, operands, deterministic)
     assert actual.is_contiguous()
@@ -220,16 +227,25 @@ def test_the_gradient_of_the_coefficients(case, dtype, deterministic: bool, devi
 
 
 @runs
+def test_overflow_of_u_in_float16(device, poisoned) -> None:
+    """A is scaled by a power of two: |u| stays below the largest gradient."""
+    case = Gradient(BASIS, (7, 7), size=(9, 9))
+    grad, input, coefficients = draw_gradient(case, torch.float16, device)
+    operands = (grad, input * 2.0**-4, coefficients * 2.0**13)
+    truth = true_gradient(case, *(operand.double() for operand in operands))
+    assert relative_error(gradient(case, operands), truth) < 2.0**-9
+
+
+@runs
 def test_the_gradients_of_a_layer(device, poisoned) -> None:
-    """The algorithm is the same for the backward pass, as far as it computes that."""
+    """The algorithm that is named computes the backward pass, too."""
     case = Case((7, 7), 64, (10, 9), padding=3)
     input, coefficients, basis, bias = draw(case, torch.bfloat16, device)
-    leaves = (input.requires_grad_(), coefficients.requires_grad_(), bias.requires_grad_())
+    operands = tuple(operand.requires_grad_() for operand in (input, coefficients, basis, bias))
 
     def gradients(**choice: Any) -> tuple[Tensor, ...]:
-        operands = (input, coefficients, basis, bias)
         y = functional.basis_conv2d(*operands, padding=3, **choice)
-        return torch.autograd.grad(y.square().sum(), leaves)
+        return torch.autograd.grad(y.square().sum(), operands)
 
     actual = gradients(backend="cuda", algorithm="wgmma")
     for one, other in zip(actual, gradients(backend="reference"), strict=True):
@@ -258,7 +274,14 @@ REFUSED = [
         {"op": "basis_conv_bwd_coeff", "out_channels": 96},
         "it takes multiples of 64 channels in and out, not 64 and 96",
     ),
-    ({"op": "basis_conv_bwd_basis"}, "it computes no basis_conv_bwd_basis"),
+    (
+        {"op": "basis_conv_bwd_basis", "out_channels": 256},
+        "it takes multiples of 64 channels in and 64 or 128 out, not 64 and 256",
+    ),
+    (
+        {"op": "basis_conv_bwd_basis", "out_channels": 128, "geometry": _geometry((9, 7))},
+        "it takes kernels up to 7 along an axis with 128 channels out, not",
+    ),
     ({"dtype": "float32"}, "it takes float16 and bfloat16, not float32"),
     ({"geometry": Geometry.conv((9,), (3,), (1,), (1,), (1,), 1)}, "it takes 2 spatial axes, not 1"),
     ({"geometry": _geometry(stride=(1, 2))}, "it takes stride 1, dilation 1 and one group"),
@@ -293,10 +316,14 @@ def test_needs_hopper_and_its_own_machine_code(monkeypatch: pytest.MonkeyPatch) 
     # Of 64 outputs and 16 channels: z of 7 x 16 positions, 5 functions of 16 outputs; then y of all.
     squares = 32 * 7 * 7
     assert cuda.flops(plan) == 2 * squares * 4 * 64 * 16 * (7 * 80 + 5 * 64)
-    gradient = dataclasses.replace(PROBLEM, op="basis_conv_bwd_coeff", out_channels=128)
-    plan = planner.plan.__wrapped__(gradient, "cuda", "auto")
-    assert plan.algorithm == "wgmma" and plan.tile.kernel.family == "coefficient_gradient_sm90"
-    assert cuda.flops(plan) == 2 * squares * 4 * 64 * 16 * (7 * 80 + 5 * 64) * 2
+    for op, family, executed in (
+        (COEFF, "coefficient_gradient_sm90", 4 * 64 * 16 * (7 * 80 + 5 * 64) * 2),
+        (BASIS, "basis_gradient_sm90", 64 * 64 * 5 * 128 + 4 * 128 * 64 * 80),
+    ):
+        gradient = dataclasses.replace(PROBLEM, op=op, out_channels=128)
+        plan = planner.plan.__wrapped__(gradient, "cuda", "auto")
+        assert plan.algorithm == "wgmma" and plan.tile.kernel.family == family
+        assert cuda.flops(plan) == 2 * squares * executed
     small = dataclasses.replace(PROBLEM, in_channels=32, out_channels=32)
     assert planner.plan.__wrapped__(small, "cuda", "auto").algorithm == "basis"
 
@@ -306,8 +333,8 @@ def test_needs_hopper_and_its_own_machine_code(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_no_multiprocessor_has_two_blocks_of_a_gradient(channels: tuple[int, int], shares: int) -> None:
     """They run alone: more of them than multiprocessors would be a second wave."""
-    op, (size_i, size_o) = "basis_conv_bwd_coeff", channels
-    problem = dataclasses.replace(PROBLEM, op=op, in_channels=size_i, out_channels=size_o)
+    size_i, size_o = channels
+    problem = dataclasses.replace(PROBLEM, op=COEFF, in_channels=size_i, out_channels=size_o)
     tile, _ = wgmma.choose(problem)
     assert wgmma.shares(problem, tile) == (shares, shares > 9)
     repeatable = dataclasses.replace(problem, deterministic=True)
@@ -319,29 +346,24 @@ def test_a_tile_that_is_none_of_the_librarys(device) -> None:
     """The planner's arithmetic and the kernels' own: a difference is refused, not overrun."""
     case = Case((7, 7), 64, (8, 8))
     convolution = draw(case, torch.bfloat16, device)
-    gradient = draw_gradient(Gradient((7, 7), size=(8, 8), padding=0), torch.bfloat16, device)
     geometry = Geometry.conv(case.size, case.kernel, (1, 1), (0, 0), (1, 1), 1)
-    rows = (
-        (0, convolution[:3], "basis_conv_sm90", lambda plan: cuda.basis_conv_fwd(plan, *convolution)),
-        (
-            COEFFICIENTS,
-            gradient,
-            "coefficient_gradient_sm90",
-            lambda plan: cuda.basis_conv_bwd_coeff(plan, *gradient),
-        ),
-    )
-    for slot, operands, kernel, run in rows:
-        plan = planner.plan(ops.problem_of(slot, operands, geometry), "cuda", "wgmma")
+    rows = [("basis_conv_fwd", convolution)]
+    for op in (COEFF, BASIS):
+        gradient = Gradient(op, case.kernel, size=case.size, padding=0)
+        rows.append((op, draw_gradient(gradient, torch.bfloat16, device)))
+    for op, operands in rows:
+        plan = planner.plan(ops.problem_of(OPS.index(op), operands[:3], geometry), "cuda", "wgmma")
+        kernel = plan.tile.kernel.family
         for change in ({"shared_bytes": plan.tile.shared_bytes - 8}, {"slice": 5}, {"patch_width": 16}):
             wrong = dataclasses.replace(plan, tile=dataclasses.replace(plan.tile, **change))
             with pytest.raises(RuntimeError, match=f"{kernel}: the planned tile is not one"):
-                run(wrong)
+                getattr(cuda, op)(wrong, *operands)
 
 
 # Faults put in on purpose: every wait, arrival, fence, barrier, commit and copy taken out in turn.
 
 _CALL = re.compile(
-    r"ptx::(?:mbarrier_\w+|fence_\w+|bulk_load|tensor_\w+|store_\w+|wgmma_\w+)[(<]|__sync\w+\("
+    r"ptx::(?:mbarrier_\w+|named_barrier|fence_\w+|bulk_load|tensor_\w+|store_\w+|wgmma_\w+)[(<]|__sync\w+\("
 )
 LIMIT = 2.0**-7
 
@@ -359,9 +381,9 @@ def _convolution_error() -> float:
     return max(torch.inf if math.isnan(error) else error for error in errors)
 
 
-def _gradient_error() -> float:
+def _gradient_error(op: Op) -> float:
     """The same with each of the stages several times."""
-    case = Gradient((7, 7), size=(19, 13), batch=2)
+    case = Gradient(op, (7, 7), size=(19, 13), batch=2)
     operands = draw_gradient(case, torch.bfloat16, torch.device("cpu"))
     truth = true_gradient(case, *(operand.double() for operand in operands))
     error = relative_error(gradient(case, operands), truth)
@@ -370,7 +392,8 @@ def _gradient_error() -> float:
 
 ERRORS = {
     "basis_conv_sm90.cu": _convolution_error,
-    "coefficient_gradient_sm90.cu": _gradient_error,
+    "coefficient_gradient_sm90.cu": partial(_gradient_error, COEFF),
+    "basis_gradient_sm90.cu": partial(_gradient_error, BASIS),
     "squares.cuh": _convolution_error,
 }
 SITES = [
@@ -383,7 +406,7 @@ SITES = [
 
 @hosted
 def test_without_a_fault() -> None:
-    assert _convolution_error() < LIMIT and _gradient_error() < LIMIT
+    assert all(error() < LIMIT for error in ERRORS.values())
 
 
 @hosted

@@ -238,6 +238,14 @@ def test_phases(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (read == np.arange(9)).all()
 
 
+def test_named_barrier(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(5):
+        monkeypatch.setenv("HYPERCONV_HOST_SEED", str(seed))
+        read = np.zeros((4, 96), np.int32)
+        leaf.run("named", 4, read)
+        assert (read == 3 * np.arange(1, 5)[:, None]).all()
+
+
 # Faults, in the order of their numbers. Some are found in one of the modes only: (message, modes).
 BOTH, LATE = ("late", "eager"), ("late",)
 FAULTS = [
@@ -248,7 +256,7 @@ FAULTS = [
     ("mbarrier_init .*: .*not a multiple of 8", BOTH),
     ("mbarrier_init .*: 8 bytes at", BOTH),
     ("more than 1 arrivals|a phase ended before this thread went on|waits for ever", BOTH),
-    ("mbarrier_wait .*: waits for ever", BOTH),
+    ("barrier .*: waits for ever", BOTH),
     ("a phase ended before this thread went on", BOTH),
     ("more bytes landed than were announced", BOTH),
     ("ended with 2048 bytes under way to the mbarrier", LATE),
@@ -278,6 +286,9 @@ FAULTS = [
     ("warps 0 and 3 with other wgmma", BOTH),
     ("setmaxnreg .*: 100 registers", BOTH),
     ("warps 0 and 2 with other registers", BOTH),
+    ("barrier .*: waits for ever", BOTH),
+    ("named_barrier .*: .* threads where others expect", BOTH),
+    ("named_barrier .*: number 16", BOTH),
 ]
 
 

@@ -48,7 +48,10 @@ def coefficient_shares(
     return _shares(problem, programs, work, slices, alone)
 
 
-def basis_shares(problem: Problem, programs: int, work: int, pieces: int) -> tuple[int, bool]:
+def basis_shares(
+    problem: Problem, programs: int, work: int, pieces: int, alone: bool = False
+) -> tuple[int, bool]:
     """`_shares` of the basis gradient: `pieces` slices of R * K numbers each, in all less than W."""
     weights = problem.out_channels * problem.in_channels // problem.geometry.groups
-    return _shares(problem, programs, work, max(1, (weights - 1) // (problem.rank * pieces)))
+    slices = max(1, (weights - 1) // (problem.rank * pieces))
+    return _shares(problem, programs, work, slices, alone)

@@ -50,6 +50,7 @@ struct Store {
 
 uint32_t window;  // where shared memory begins
 std::map<uint32_t, Barrier> barriers;
+std::map<int, Barrier> named_barriers;  // by number
 std::vector<Chunk> chunks;
 std::vector<std::unique_ptr<Load>> loads;
 std::map<const Thread*, std::vector<Store>> stores;
@@ -91,6 +92,17 @@ void complete_if_done(Barrier& barrier, const char* function) {
     }
     thread.arrived = (barrier.phase & 1) != thread.parity;
   }
+}
+
+// Until the phase of this parity, which is not complete, is.
+void wait_for(Barrier& barrier, uint32_t parity) {
+  Thread& self = *block.thread;
+  self.awaited = &barrier;
+  self.parity = parity;
+  self.arrived = false;
+  wait_for_arrival();
+  self.awaited = nullptr;
+  self.arrived = false;
 }
 
 void land(Load& load) {
@@ -185,6 +197,7 @@ bool enter(Site site) {
 void begin_block() {
   window = static_cast<uint32_t>(1024 + 128 * rng.below(8));
   barriers.clear();
+  named_barriers.clear();
   chunks.assign((block.shared_bytes + kChunk - 1) / kChunk, Chunk());
   loads.clear();
   stores.clear();
@@ -299,15 +312,26 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Site site) {
   Thread& self = *block.thread;
   Barrier& barrier = find("mbarrier_wait", address);
   if (parity > 1) fail_at(self, "mbarrier_wait", text("a parity of ", parity));
-  if ((barrier.phase & 1) == parity) {
-    self.awaited = &barrier;
-    self.parity = parity;
-    self.arrived = false;
-    wait_for_arrival();
-    self.awaited = nullptr;
-    self.arrived = false;
-  }
+  if ((barrier.phase & 1) == parity) wait_for(barrier, parity);
   known[{&self, &barrier}] = barrier.phase;
+}
+
+// PTX ISA, barrier: of `threads` threads, the same number at every call until all of them have come.
+void named_barrier(int id, int threads, Site site) {
+  if (!enter(site)) return;
+  const Thread& self = *block.thread;
+  if (id < 1 || id > 15 || threads <= 0 || threads % kWarp != 0) {
+    fail_at(self, "named_barrier", text("number ", id, " for ", threads, " threads"));
+  }
+  Barrier& barrier = named_barriers.try_emplace(id, Barrier{threads, threads, 0, 0}).first->second;
+  if (barrier.pending == barrier.count) barrier.count = barrier.pending = threads;
+  if (barrier.count != threads) {
+    fail_at(self, "named_barrier", text(threads, " threads where others expect ", barrier.count));
+  }
+  const uint32_t parity = barrier.phase & 1;
+  --barrier.pending;
+  complete_if_done(barrier, "named_barrier");
+  if ((barrier.phase & 1) == parity) wait_for(barrier, parity);
 }
 
 void fence_proxy_async(Site site) {

@@ -13,6 +13,7 @@
 //    read without a __syncwarp() after that lane's wait.
 //  - Barriers: errors are arrivals beyond the count, bytes not announced, a phase that ends before all who
 //    waited for the one before it went on, and threads that wait for ever.
+//  - Named barriers: errors are threads that wait for ever, and other counts at the same one.
 //  - wgmma: errors are a group without a fence before it, warps of a warpgroup that do not multiply the same,
 //    what is left unwaited for, and descriptors other than K-major without a swizzle and, transposed, N-major
 //    swizzled by 128 bytes, the kinds implemented.
@@ -41,6 +42,7 @@ void* shared_pointer(uint32_t address);
 void mbarrier_init(uint32_t barrier, int count, Site site);
 void mbarrier_arrive(uint32_t barrier, int bytes, Site site);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, Site site);
+void named_barrier(int id, int threads, Site site);
 void fence_proxy_async(Site site);
 
 void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier, Site site);

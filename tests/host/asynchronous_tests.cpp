@@ -129,6 +129,19 @@ __global__ void phases_kernel(int rounds, int* read) {
   }
 }
 
+// What each of 96 threads finds once each of three warps has added one, `rounds` times.
+__global__ void named_kernel(int rounds, int* read) {
+  volatile int* sum = reinterpret_cast<volatile int*>(at(data_address()));
+  if (threadIdx.x == 0) *sum = 0;
+  __syncthreads();
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x % 32 == 0) *sum = *sum + 1;
+    ptx::named_barrier<96>(1);
+    read[round * 96 + threadIdx.x] = *sum;
+    ptx::named_barrier<96>(1);
+  }
+}
+
 enum class Fault {
   kNone,
   kNoBarrier,
@@ -167,6 +180,9 @@ enum class Fault {
   kWgmmaWarps,
   kRegisters,
   kRegistersWarps,
+  kNamedForEver,
+  kNamedCount,
+  kNamedNumber,
 };
 
 // 128 threads. What is right but for `fault`: a core operand is brought, multiplied by, and stored.
@@ -198,6 +214,13 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
     ptx::more_registers<240>();
   } else {
     ptx::more_registers<232>();
+  }
+
+  if (is(Fault::kNamedNumber)) ptx::named_barrier<128>(16);
+  if (is(Fault::kNamedCount) && warp == 0) {
+    ptx::named_barrier<96>(2);
+  } else if (!(is(Fault::kNamedForEver) && i == 3)) {
+    ptx::named_barrier<128>(2);
   }
 
   constexpr int kBytes = 64 * 32;
@@ -296,6 +319,7 @@ HYPERCONV_EXPORT int leaf_store(const CUtensorMap* map, const int* place, int by
 HYPERCONV_EXPORT int leaf_phases(int rounds, int* read) {
   return launch(96, phases_kernel, rounds, read);
 }
+HYPERCONV_EXPORT int leaf_named(int rounds, int* read) { return launch(96, named_kernel, rounds, read); }
 HYPERCONV_EXPORT int leaf_faulty(int fault, const unsigned char* global, const CUtensorMap* map) {
   return launch(128, faulty_kernel, static_cast<Fault>(fault), global, *map);
 }

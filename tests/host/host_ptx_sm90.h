@@ -26,6 +26,10 @@ inline void mbarrier_arrive(uint32_t barrier, HYPERCONV_CALLER) {
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity, HYPERCONV_CALLER) {
   hyperconv_host::mbarrier_wait(barrier, parity, {file, line});
 }
+template <int kThreads>
+void named_barrier(int id, HYPERCONV_CALLER) {
+  hyperconv_host::named_barrier(id, kThreads, {file, line});
+}
 inline void fence_proxy_async(HYPERCONV_CALLER) { hyperconv_host::fence_proxy_async({file, line}); }
 
 inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier,
@@ -44,6 +48,9 @@ inline void store_commit(HYPERCONV_CALLER) { hyperconv_host::store_commit({file,
 inline void store_wait_read(HYPERCONV_CALLER) { hyperconv_host::store_wait(true, {file, line}); }
 inline void store_wait(HYPERCONV_CALLER) { hyperconv_host::store_wait(false, {file, line}); }
 
+inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t row, HYPERCONV_CALLER) {
+  hyperconv_host::ldmatrix(false, d, hyperconv_host::shared_pointer(row), {file, line});
+}
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t row, HYPERCONV_CALLER) {
   hyperconv_host::ldmatrix(true, d, hyperconv_host::shared_pointer(row), {file, line});
 }

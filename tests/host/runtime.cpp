@@ -166,7 +166,7 @@ Thread* schedule() {
     if (land_one()) continue;
     if (!block.parked.empty()) {
       for (const Thread& thread : block.threads) {
-        if (thread.awaited) fail_at(thread, "mbarrier_wait", "waits for ever");
+        if (thread.awaited) fail_at(thread, "barrier", "waits for ever");
       }
     }
     pass_barrier();

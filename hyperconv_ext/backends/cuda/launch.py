@@ -44,10 +44,11 @@ def _fixed_of(plan: Plan) -> _Fixed:
     kernel, map = tile.kernel, map_of(problem, tile.unit, tile.grid)
     size_i, size_o = channels(problem)
     multiple = kernel.outputs
-    if kernel.family == "basis_gradient":  # u is a product over the outputs
+    gathers = problem.op == "basis_conv_bwd_basis"  # u: a product over the outputs, without bands
+    if gathers:
         size_i, size_o, multiple = size_o, size_i, 16
     tiles_i, tiles_o = -(-size_i // 16), -(-size_o // multiple) * (multiple // 16)
-    bands = 0 if kernel.family == "basis_gradient" else map.units.bands * map.chunks
+    bands, pieces = map.units.bands * map.chunks, basis_pieces(map)
     packed = 0
     if problem.op != "basis_conv_bwd_coeff":
         packed = problem.geometry.groups * tiles_i * tiles_o
@@ -55,7 +56,9 @@ def _fixed_of(plan: Plan) -> _Fixed:
     choice = (*sizes, tile.shared_bytes, tile.patch_width)
     rank = problem.rank
     if tile.patch_width:  # by `wgmma`: all its functions, one set of bands
-        bands, rank = tile.slice, kernel.ranks
+        bands, rank, pieces = tile.slice, kernel.ranks, wgmma.basis_pieces(problem)
+    if gathers:
+        bands = 0
     count, atomic = (wgmma if tile.patch_width else tiles).shares(problem, tile)
     sums = problem.op in ("basis_conv_bwd_coeff", "basis_conv_bwd_basis") and problem.dtype == "float16"
     scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums else 0
@@ -64,7 +67,7 @@ def _fixed_of(plan: Plan) -> _Fixed:
         (bands + packed) * rank * _TILE + scales,
         count,
         atomic,
-        basis_pieces(map),
+        pieces,
     )
 
 

@@ -25,6 +25,7 @@ Family = Literal[
     "basis_gradient",
     "basis_conv_sm90",
     "coefficient_gradient_sm90",
+    "basis_gradient_sm90",
 ]
 
 

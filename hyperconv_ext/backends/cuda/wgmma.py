@@ -9,18 +9,19 @@ from ...problem import Problem
 from .. import cost
 from ..cost import Work
 from ..figures import number
-from ..shares import coefficient_shares
+from ..shares import basis_shares, coefficient_shares
 from .tiles import Family, Kernel, Tile, channels
 
 CAPABILITY = 90
 RANKS = 5
-CHANNELS = (64, 128)  # in, and as many out, of a convolution
+CHANNELS = (64, 128)  # in, and as many out, of a convolution; out, of the gradient of phi
 _SIDE = 8  # outputs along both axes of a square
 _UNITS = 4  # of a square
 _GROUPS = 2  # warpgroups that multiply
 _ROWS = 64  # of a warpgroup's products
 _BOX = 64  # channels of a copy
-_ALIGNMENT = 1024
+_PART = 32  # channels of u together
+_ALIGNMENT, _SHARED = 1024, 227 * 1024
 
 
 class Shape(NamedTuple):
@@ -60,7 +61,6 @@ def reason(problem: Problem) -> str:
     geometry, squares = problem.geometry, _squares(problem)
     plain = {*geometry.stride, *geometry.dilation, geometry.groups} == {1}
     rows = (
-        (problem.op != "basis_conv_bwd_basis", f"it computes no {problem.op}"),
         (number(problem) == "half", f"it takes float16 and bfloat16, not {problem.dtype}"),
         (geometry.dims == 2, f"it takes 2 spatial axes, not {geometry.dims}"),
         (
@@ -70,10 +70,7 @@ def reason(problem: Problem) -> str:
         ),
         _channels_fit(problem),
         (problem.rank <= RANKS, f"it takes up to {RANKS} basis functions, not {problem.rank}"),
-        (
-            max(geometry.kernel_size) <= SHAPES[-1].largest,
-            f"it takes kernels up to {SHAPES[-1].largest} along an axis, not {geometry.kernel_size}",
-        ),
+        _kernel_fits(problem),
         (
             problem.aligned,
             "its activations must be channels last; call .to(memory_format=torch.channels_last)",
@@ -83,12 +80,24 @@ def reason(problem: Problem) -> str:
     return next((why for fits, why in rows if not fits), "")
 
 
+def _kernel_fits(problem: Problem) -> tuple[bool, str]:
+    largest, size = SHAPES[-1].largest, problem.geometry.kernel_size
+    where = ""
+    if problem.op == "basis_conv_bwd_basis" and problem.out_channels > _BOX:
+        largest, where = SHAPES[-2].largest, f" with {problem.out_channels} channels out"
+    return max(size) <= largest, f"it takes kernels up to {largest} along an axis{where}, not {size}"
+
+
 def _channels_fit(problem: Problem) -> tuple[bool, str]:
     size_i, size_o = channels(problem)
+    counts = " or ".join(map(str, CHANNELS))
+    if problem.op == "basis_conv_bwd_basis":
+        fits = size_i % _BOX == 0 and size_o in CHANNELS
+        why = f"it takes multiples of {_BOX} channels in and {counts} out, not {size_i} and {size_o}"
+        return fits, why
     if problem.op == "basis_conv_bwd_coeff":
         fits = size_i % _BOX == size_o % _BOX == 0
         return fits, f"it takes multiples of {_BOX} channels in and out, not {size_i} and {size_o}"
-    counts = " or ".join(map(str, CHANNELS))
     return (
         size_i == size_o and size_i in CHANNELS,
         f"it takes {counts} channels in and as many out, not {size_i} and {size_o}",
@@ -126,9 +135,24 @@ def _coefficients(shape: Shape) -> Tile:
     return _tile("coefficient_gradient_sm90", _BOX, shape, stages, shared)
 
 
-def _stage_bytes(shape: Shape) -> int:
-    """Of 64 channels of x and of the gradient, for a square."""
-    return shape.halo_bytes + _SIDE**2 * 2 * _BOX
+def _basis(shape: Shape, size: int) -> Tile:
+    """`Layout` in csrc/basis_gradient_sm90.cu, of `size` output channels."""
+    weights, part, stage = RANKS * size * _BOX * 2, _PART * _part_bytes(), _stage_bytes(shape, size)
+    room = _SHARED - _ALIGNMENT - 64 - weights - _GROUPS * part
+    stages = 2 if room // (_GROUPS * stage) >= 2 else 1
+    barriers = 8 * (1 + 2 * _GROUPS * stages)
+    shared = _GROUPS * (stages * stage + part) + weights + barriers + _ALIGNMENT
+    return _tile("basis_gradient_sm90", size, shape, stages, shared)
+
+
+def _part_bytes() -> int:
+    """Of a channel of u for a square."""
+    return 2 * RANKS * _SIDE**2
+
+
+def _stage_bytes(shape: Shape, size: int = _BOX) -> int:
+    """Of 64 channels of x and `size` of the gradient, for a square."""
+    return shape.halo_bytes + _SIDE**2 * 2 * size
 
 
 def _tile(family: Family, outputs: int, shape: Shape, stages: int, shared_bytes: int) -> Tile:
@@ -148,6 +172,8 @@ def tile_of(problem: Problem, shape: Shape) -> Tile:
     """The instantiation for such a problem."""
     if problem.op == "basis_conv_bwd_coeff":
         return _coefficients(shape)
+    if problem.op == "basis_conv_bwd_basis":
+        return _basis(shape, problem.out_channels)
     return _convolution(shape, channels(problem)[0])
 
 
@@ -162,7 +188,16 @@ def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
     """(shares of the sum over outputs, whether atomic) of a gradient; (1, False) for a convolution."""
     if tile.kernel.family == "basis_conv_sm90":
         return 1, False
+    if tile.kernel.family == "basis_gradient_sm90":
+        programs = basis_pieces(problem)
+        rounds = -(-_squares(problem) // _GROUPS)
+        return basis_shares(problem, programs, rounds, programs, alone=True)
     return coefficient_shares(problem, _programs(problem), _squares(problem), alone=True)
+
+
+def basis_pieces(problem: Problem) -> int:
+    """Blocks of input channels, which the gradient of phi sums apart."""
+    return problem.in_channels // _BOX
 
 
 def _programs(problem: Problem) -> int:
@@ -175,6 +210,8 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
     shape = next(shape for shape in SHAPES if shape.steps == tile.slice)
     if problem.op == "basis_conv_bwd_coeff":
         return _coefficient_works(problem, tile, shape)
+    if problem.op == "basis_conv_bwd_basis":
+        return _basis_works(problem, tile, shape)
     return _convolution_works(problem, shape)
 
 
@@ -227,5 +264,33 @@ def _coefficient_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]
         shared=busiest * (read + _stage_bytes(shape)),
         cache=busiest * _stage_bytes(shape) + 4 * RANKS * _ROWS * _BOX,
         steps=busiest * _UNITS,
+    )
+    return [before, main, *after]
+
+
+def _basis_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
+    size, columns, squares = problem.out_channels, 16 * RANKS, _squares(problem)
+    count, atomic = shares(problem, tile)
+    pieces = basis_pieces(problem)
+    busiest = _GROUPS * -(-squares // (_GROUPS * count))
+    rows = _ROWS * -(-shape.steps // 4)  # positions of the patch
+    products = _ROWS * _BOX * RANKS * size + _UNITS * rows * _BOX * columns
+    # u: g for either part of the channels, A, and u itself written. Then the patch, and u read.
+    gathered = 2 * (_BOX // _PART * _ROWS * size + RANKS * size * _BOX) + _BOX * _part_bytes()
+    read = gathered + _UNITS * 2 * _BOX * rows // _ROWS * (_ROWS + columns)
+    stage = _stage_bytes(shape, size)
+    packed = size // 16 * _block_bytes(problem.in_channels)
+    before, dram, after = cost.around(problem, 0, packed, count * pieces, atomic)
+    main = Work(
+        number="half",
+        library=True,
+        multiply_adds=products * squares * pieces,
+        dram=dram,
+        blocks=pieces * count,
+        warps=4 * _GROUPS,
+        products=products * busiest,
+        shared=busiest * (read + stage),
+        cache=busiest * stage + RANKS * size * _BOX * 2,
+        steps=busiest // _GROUPS * _BOX // _PART,
     )
     return [before, main, *after]
