@@ -175,7 +175,7 @@ GRADIENTS = [
     *(Gradient(op, (11, 2), size=(18, 11), batch=2, rank=2, padding=5) for op in (COEFF, BASIS)),
     *(Gradient(op, (3, 3), (128, 64), (12, 9), 3, 1, 1, 5) for op in (COEFF, BASIS)),
     # Each of the stages several times.
-    *(Gradient(op, (7, 7), (64, 128), (33, 25), 2, 4) for op in (COEFF, BASIS)),
+    *(Gradient(op, (7, 7), (64, 128), (19, 25), 2, 4) for op in (COEFF, BASIS)),
     Gradient(COEFF, (1, 6), (192, 64), (9, 20), 1, 3, 2, 20),
     Gradient(BASIS, (1, 5), (192, 128), (9, 20), 1, 3, 2, 20),
 ]
