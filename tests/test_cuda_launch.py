@@ -96,6 +96,6 @@ def test_blocks_without_work_add_nothing(
     work = tiles.map_of(problem, tile.unit, tile.grid).blocks
     work *= 1 if op == "basis_conv_bwd_coeff" else 2
     launch._fixed_of.cache_clear()
-    monkeypatch.setattr(launch, "shares", lambda problem, tile: (work + 5, False))
+    monkeypatch.setattr(tiles, "shares", lambda problem, tile: (work + 5, False))
     fixed = run_tile(problem, tile, operands)
     assert relative_error(fixed, expected.double()) < 1e-2
