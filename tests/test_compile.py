@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor import config, metrics
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.decomposition import select_decomp_table
 
 from hyperconv_ext import HyperConv2d, HyperConvTranspose2d
 from hyperconv_ext.taps import tap_coordinates
@@ -131,6 +134,41 @@ def test_about_as_many_kernels_as_of_conv2d(
     with config.patch(force_disable_caches=True):
         expected = _kernels(nn.Conv2d, training, device)
         assert 0 < _kernels(HyperConv2d, training, device) <= 1.1 * expected
+
+
+def _saved(conv: Any, device: torch.device) -> list[str]:
+    """What the forward graph of a layer with a batch norm returns of the size of the layer's output."""
+    saved: list[str] = []
+
+    def forward(graph: torch.fx.GraphModule, _: Any) -> Any:
+        *_, output = graph.graph.nodes
+        saved.extend(
+            node.target.__name__
+            for node in output.args[0]
+            if node.op == "call_function" and node.meta["val"].numel() == 2 * 16 * 8 * 8
+        )
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    layers = conv(16, 16, 3, padding=1, device=device), nn.BatchNorm2d(16, device=device), nn.ReLU()
+    network = torch.compile(nn.Sequential(*layers), backend=backend, fullgraph=True)
+    network(torch.randn(2, 16, 8, 8, device=device)).sum().backward()
+    return saved
+
+
+@every_backend
+def test_a_step_keeps_what_it_keeps_of_conv2d(backend: str, device, compiler) -> None:
+    """The output itself and nothing computed from it, which would be more kernels and more memory."""
+    expected = _saved(nn.Conv2d, device)
+    assert "convolution.default" in expected
+    saved = _saved(partial(HyperConv2d, backend=backend), device)  # of W, where that is faster
+    assert [name.replace("basis_conv_fwd", "convolution") for name in saved] == expected
 
 
 @every_backend

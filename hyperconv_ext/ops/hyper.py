@@ -164,8 +164,12 @@ def _computation(
     """(x, A, *MLP, bias) -> (y, phi): the operator, or what is behind it; None: compose the parts."""
     if sharding.in_use() and sharding.distributed((input, *mlp.weights)):
         return None
-    if compiling():  # the operator has rules for the transforms under compilation
-        return partial(_call, transposed, geometry, backend, algorithm)
+    if compiling():
+        # It has rules for the transforms under compilation. Where gradients are recorded, AOTAutograd
+        # takes one of two outputs for an operation that fuses with what follows, and so saves other
+        # tensors for backward, and makes more kernels, than behind a convolution.
+        operator = partial(_call, transposed, geometry, backend, algorithm)
+        return None if torch.is_grad_enabled() else operator
     if transforming():
         return None
     tensors = (input, coefficients)
