@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 # Excluded once the innermost transform has seen what is called.
 _WAITING = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
@@ -32,4 +34,12 @@ class Function(torch.autograd.Function):
         if not in_rule():
             return super().apply(*args)
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+            return _at_one_level(cls).apply(*args)
+
+
+@cache
+def _at_one_level(function: type[Function]) -> Any:
+    """`function`, of the class whose `apply` asks no transform, as Function's does since torch 2.14."""
+    rules = ("forward", "setup_context", "backward", "jvp")
+    namespace = {name: staticmethod(getattr(function, name)) for name in rules}
+    return type(function.__name__, (_SingleLevelFunction,), namespace)

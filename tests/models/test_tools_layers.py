@@ -95,3 +95,25 @@ def test_onnx(make: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
         (output,) = session.run(None, {name: input.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(output), model(input), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp"])
+def test_transforms_that_are_compiled(transform: str) -> None:
+    """By the PyTorch of this environment, which is newer than the one of the other tests."""
+    layer, input = HyperConv2d(4, 8, 5, padding=2), torch.randn(2, 4, 9, 9)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], input: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (input,)).square().sum()
+
+    def transformed(parameters: dict[str, Tensor], input: Tensor) -> Any:
+        if transform == "jvp":
+            return torch.func.jvp(lambda x: loss(parameters, x), (input,), (input,))[1]
+        gradient = torch.func.grad(loss)
+        return (gradient if transform == "grad" else torch.func.vmap(gradient, (None, 0)))(
+            parameters, input
+        )
+
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+    expected = transformed(parameters, input)
+    torch.testing.assert_close(compiled(parameters, input), expected, rtol=1e-3, atol=1e-3)
