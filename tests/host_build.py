@@ -89,7 +89,7 @@ def library(
     headers = sorted([*RUNTIME.glob("*.h"), *sources.glob("*.cuh"), *sources.glob("*.h")])
     # Not where the sources are: a copy of them is compiled where it differs.
     common = _digest([COMPILER, *own, *key], headers)
-    runtime = [RUNTIME / f"{name}.cpp" for name in ("runtime", "asynchronous", "warpgroup")]
+    runtime = [RUNTIME / f"{name}.cpp" for name in ("runtime", "warp", "asynchronous", "warpgroup")]
     compiled = {path: _digest([common], [path]) for path in [*files, *runtime]}
     linked = _digest([*compiled.values(), *libraries], [])
     target = BUILDS / f"{variant}-{linked}" / name

@@ -504,9 +504,9 @@ def test_a_build_is_made_once_for_what_it_is_made_of(
         assert host_build.library("lib.so", files, "plain", sources).exists()
         return sorted(compiled)
 
-    assert built() == ["asynchronous", "lib.so", "one", "runtime", "two", "warpgroup"]
+    assert built() == ["asynchronous", "lib.so", "one", "runtime", "two", "warp", "warpgroup"]
     assert built() == []
     (sources / "two.cu").write_text("int two() { return 3; }\n")
     assert built() == ["lib.so", "two"]
     (sources / "header.cuh").write_text("constexpr int number = 11;\n")
-    assert built() == ["asynchronous", "lib.so", "one", "runtime", "two", "warpgroup"]
+    assert built() == ["asynchronous", "lib.so", "one", "runtime", "two", "warp", "warpgroup"]

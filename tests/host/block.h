@@ -1,4 +1,4 @@
-// What runs: the threads, warps and block of a launch, shared by runtime.cpp, which schedules them, and
+// What runs: the threads, warps and block of a launch, shared by runtime.cpp, which schedules them, warp.cpp, and
 // asynchronous.cpp, which does what the hardware does beside them.
 #pragma once
 
@@ -122,6 +122,9 @@ bool skipped(Site site);
 void collect(const Collective& collective, const Operands& operands, Site site);
 // Lets others run until this thread's `arrived` is set.
 void wait_for_arrival();
+
+// Whether 16 bytes of shared memory are at `pointer`, aligned.
+void check_shared(const Thread& thread, const char* function, const void* pointer);
 
 // Of asynchronous.cpp.
 void begin_block();
