@@ -93,7 +93,7 @@ def _machine(document: Mapping[str, Any]) -> str:
     return (
         f"{facts['threads']} threads of an {brand} ({facts['instructions']}), torch {facts['torch']}, "
         f"fp32 and N = 4 (R = 5) where not said otherwise, `backend='auto'`. By default a layer has "
-        f"N = 8 from 25 taps on. Forward is a call in evaluation, without gradients: a layer keeps its "
+        f"N = 8 from 49 taps on. Forward is a call in evaluation, without gradients: a layer keeps its "
         f"kernel, as nn.ConvNd has its own."
     )
 

@@ -45,6 +45,7 @@ KINDS = {
     TWIN: Kind("nn.Conv2d", nn.Conv2d),
     "default": Kind("HyperConv2d, defaults", HyperConv2d),
     "narrow": Kind("HyperConv2d, N = 4", HyperConv2d, MappingProxyType({"num_features": 4})),
+    "wide": Kind("HyperConv2d, N = 8", HyperConv2d, MappingProxyType({"num_features": 8})),
     "published": Kind(
         "HyperConv2d, published", HyperConv2d, MappingProxyType({"parametrization": "published"})
     ),

@@ -357,7 +357,7 @@ def test_settings_that_differ_are_not_compared(learning: ModuleType, tmp_path: P
     assert (tmp_path / "mnist-2-rates.png").is_file()
 
 
-KIND_NAMES = ("conv", "default", "narrow", "published", "published-norm")
+KIND_NAMES = ("conv", "default", "narrow", "wide", "published", "published-norm")
 
 
 def test_kinds_are_the_twin_the_defaults_and_the_published_forms(learning: ModuleType) -> None:
@@ -368,6 +368,7 @@ def test_kinds_are_the_twin_the_defaults_and_the_published_forms(learning: Modul
         "conv": {},
         "default": {},
         "narrow": {"num_features": 4},
+        "wide": {"num_features": 8},
         "published": published,
         "published-norm": published | {"weight_norm": "batch"},
     }

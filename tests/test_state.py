@@ -440,14 +440,14 @@ def test_a_given_mlp_keeps_its_parameters() -> None:
 
 
 def test_more_features_for_many_taps() -> None:
-    """The default of 25 taps and more; a state of another N says what to do."""
-    sizes = {(5, 5): 8, (2, 12): 4, (3, 3): 4, (1, 25): 8}
+    """The default of 49 taps and more; a state of another N says what to do."""
+    sizes = {(7, 7): 8, (4, 12): 4, (5, 5): 4, (1, 49): 8}
     assert {size: HyperConv2d(2, 3, size).num_features for size in sizes} == sizes
-    assert HyperConv3d(2, 3, 3).num_features == LazyHyperConv2d(3, 5).num_features == 8
-    assert HyperConv2d(2, 3, 5, parametrization="published").num_features == 4
+    assert HyperConv3d(2, 3, 4).num_features == LazyHyperConv2d(3, 7).num_features == 8
+    assert HyperConv2d(2, 3, 7, parametrization="published").num_features == 4
     for features, text in ((None, ""), (8, ""), (4, ", num_features=4")):
-        layer = HyperConv2d(2, 3, 5, num_features=features)
-        assert layer.extra_repr() == f"2, 3, kernel_size=(5, 5){text}"
+        layer = HyperConv2d(2, 3, 7, num_features=features)
+        assert layer.extra_repr() == f"2, 3, kernel_size=(7, 7){text}"
     for parametrization in PARAMETRIZATIONS:
         options: dict[str, Any] = {"parametrization": parametrization, "num_features": 3}
         state = HyperConv2d(2, 3, 5, **options).state_dict()

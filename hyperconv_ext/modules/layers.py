@@ -216,7 +216,7 @@ class HyperConv2d(_HyperConv):
         bias, padding_mode, device, dtype: as in `nn.Conv2d`.
         hidden_features: widths of the MLP's hidden layers.
         num_features: N, the number of features the MLP has per tap, and so (with `weight_bias`, plus
-            one) the rank R of the kernel over its taps. None is 8 for kernels of 25 taps and more, else
+            one) the rank R of the kernel over its taps. None is 8 for kernels of 49 taps and more, else
             and in the published form 4.
         activation: after every layer of the MLP: `'sine'` (None means this), `'leaky_relu'` (slope
             0.1), `'relu'`, `'gelu'`, `'silu'`, `'tanh'`.

@@ -21,7 +21,7 @@ PARAMETRIZATIONS = ("orthonormal", "published")
 # What `parametrization` decides where an argument is left out: (activation, coordinates).
 DEFAULTS = {"orthonormal": ("sine", "unit"), "published": ("leaky_relu", "centered")}
 # N where it is left out: from so many taps on more, since there 5 functions learn less than nn.ConvNd.
-_FEATURES, _MANY_TAPS, _MORE_FEATURES = 4, 25, 8
+_FEATURES, _MANY_TAPS, _MORE_FEATURES = 4, 49, 8
 # Of the first layer's weights: in radians per half kernel by the number of functions (see `_frequency`),
 # but at least so many radians per tap. Learned kernels are mostly of low frequencies; functions that are
 # smooth over all of a large kernel, though, see no detail.
