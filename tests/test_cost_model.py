@@ -10,6 +10,7 @@ from math import inf, prod
 
 import pytest
 
+from benchmarks import predictions, shapes
 from hyperconv_ext import planner
 from hyperconv_ext.backends import BACKENDS, composite, cost
 from hyperconv_ext.backends.cost import Work
@@ -341,3 +342,19 @@ def test_no_estimate_off_the_gpu() -> None:
     for kind, name in (("cpu", "composite"), ("mps", "auto")):
         plan = planner.plan(problem(device=Device(kind)), name)
         assert plan.backend == "composite" and plan.seconds == composite.LAST_RESORT < inf
+
+
+def test_predictions_on_file_are_the_models() -> None:
+    """`python benchmarks/predictions.py` writes them again."""
+    assert predictions.FILE.read_text() == predictions.text()
+
+
+def test_dense_convolutions_are_predicted_by_their_operations() -> None:
+    """2 B C^2 times the taps that meet each position, at 60% of 990 TFLOP/s."""
+    shape = next(
+        shape for shape in shapes.RESNET if shape.kernel_size == (7, 7) and shape.size == (56, 56)
+    )
+    meetings = sum(min(56, at + 4) - max(0, at - 3) for at in range(56)) ** 2
+    flops = 2 * 32 * 64 * 64 * meetings
+    peak = 2 * 2048 * 1.83e9 * 132
+    assert predictions.dense_seconds(shape, 0.6) == pytest.approx(flops / (0.6 * peak))

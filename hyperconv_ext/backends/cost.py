@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..problem import Device, Problem
-from .figures import Figures, Number, figures
+from .figures import Number, figures
 
 _WIDTHS = {"float16": 2, "bfloat16": 2, "float64": 8}  # bytes of an element; any other: 4
 
@@ -43,28 +43,49 @@ class Work(NamedTuple):
 
 def seconds(works: Iterable[Work], device: Device) -> float:
     """Launches one after the other on a device."""
+    return sum(_launch_seconds(work, device) for work in works)
+
+
+class Parts(NamedTuple):
+    """Seconds of a launch by resource, if there were no other: `waits` for the loads of its steps."""
+
+    products: float
+    shared: float
+    cache: float
+    waits: float
+    dram: float
+
+
+def parts(work: Work, device: Device) -> Parts:
+    """Of one launch."""
     machine = figures(device)
-    return sum(_launch_seconds(work, machine, device.processors) for work in works)
-
-
-def _launch_seconds(work: Work, machine: Figures, processors: int) -> float:
-    """The slowest resource and a share of the others: no less than either roofline."""
-    waves = -(-work.blocks // processors)
-    resident = min(work.resident, waves)
+    waves, resident = _waves(work, device)
     busy = min(1.0, work.warps * resident / _WARPS)
     rates = machine.library if work.library else machine.products
     arithmetic = work.products / getattr(rates, work.number) + work.scalars / rates.ieee
     unit = waves / machine.clock
-    parts = (
+    return Parts(
         unit * arithmetic / busy,
         unit * work.shared / machine.shared_bandwidth,
         unit * work.cache / machine.cache_bandwidth,
         unit * work.steps * _STEP_CLOCKS / resident,
         work.dram / machine.dram_bandwidth,
     )
-    slowest = max(parts)
-    exposed = _UNHIDDEN * (sum(parts) - slowest)
-    return slowest + exposed + unit * _SETUP_CLOCKS / resident + machine.launch
+
+
+def _waves(work: Work, device: Device) -> tuple[int, int]:
+    """(blocks of the busiest multiprocessor, how many of them run at once)."""
+    waves = -(-work.blocks // device.processors)
+    return waves, min(work.resident, waves)
+
+
+def _launch_seconds(work: Work, device: Device) -> float:
+    """The slowest resource and a share of the others: no less than either roofline."""
+    machine, found = figures(device), parts(work, device)
+    waves, resident = _waves(work, device)
+    slowest = max(found)
+    exposed = _UNHIDDEN * (sum(found) - slowest)
+    return slowest + exposed + waves * _SETUP_CLOCKS / machine.clock / resident + machine.launch
 
 
 def flops(works: Iterable[Work]) -> float:

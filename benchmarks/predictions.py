@@ -1,0 +1,131 @@
+"""What the cost model says of a Hopper that is not here: `python benchmarks/predictions.py`.
+
+Nothing in it is measured. It writes clocks by resource of each pass beside a dense convolution at 60
+and 75% of the tensor cores' peak to benchmarks/results/predictions.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import competitors, shapes, tables
+from benchmarks.shapes import Shape
+from hyperconv_ext.backends import cost
+from hyperconv_ext.backends.cuda import tiles, wgmma
+from hyperconv_ext.backends.figures import figures
+from hyperconv_ext.problem import OPS, Device
+
+H200 = Device("cuda", wgmma.CAPABILITY, 132)
+EFFICIENCIES = (0.6, 0.75)  # of the peak, that a dense convolution may reach
+FILE = Path(__file__).resolve().parent / "results" / "predictions.md"
+PASSES = dict(zip(OPS, ("y", "∂x", "∂A", "∂φ"), strict=True))
+
+
+def _shapes() -> Iterable[Shape]:
+    return sorted(
+        (shape for shape in shapes.RESNET if shape.in_channels in (64, 128)),
+        key=lambda shape: (shape.in_channels, shape.kernel_size),
+    )
+
+
+def _candidates(shape: Shape, op: Any) -> dict[str, list[cost.Work]]:
+    """By algorithm: what its launches execute. `wgmma` only where it takes the shape."""
+    problem = competitors.problem(shape, op, "bfloat16", H200, aligned=True)
+    found = {}
+    if (choice := tiles.choose(problem)) is not None:
+        found["basis"] = tiles.works(problem, choice[0])
+    if not wgmma.reason(problem):
+        found["wgmma"] = wgmma.works(problem, wgmma.choose(problem)[0])
+    return found
+
+
+def dense_seconds(shape: Shape, efficiency: float) -> float:
+    """Of one pass of a dense convolution at this part of the peak."""
+    machine = figures(H200)
+    peak = machine.library.half * machine.clock * H200.processors
+    multiply_adds = shape.batch * shape.in_channels * shape.out_channels * shape.meetings
+    return multiply_adds / (efficiency * peak)
+
+
+def by_resource() -> tables.Table:
+    """A line for each shape, pass and algorithm: thousands of clocks by resource, and microseconds."""
+    dense = (f"dense at {efficiency:.0%}, µs" for efficiency in EFFICIENCIES)
+    lines = [["layer", "k", "pass", "algorithm", *cost.Parts._fields, "estimate, µs", *dense]]
+    clock = figures(H200).clock
+    for shape in _shapes():
+        for op, name in PASSES.items():
+            for algorithm, works in _candidates(shape, op).items():
+                parts = [sum(part) for part in zip(*(cost.parts(w, H200) for w in works), strict=True)]
+                times = [cost.seconds(works, H200), *(dense_seconds(shape, e) for e in EFFICIENCIES)]
+                place = [shapes.layer(shape), str(shape.kernel_size[0]), name, algorithm]
+                clocks = [f"{part * clock / 1e3:.1f}" for part in parts]
+                lines.append([*place, *clocks, *(f"{1e6 * time:.1f}" for time in times)])
+    return lines
+
+
+def ratios() -> tables.Table:
+    """Times faster than a dense convolution at either efficiency, of the quickest algorithms."""
+    lines = [["layer", "N", "k", "forward", "forward + backward"]]
+    for features in (4, 8):
+        for shape in (replace(shape, num_features=features) for shape in _shapes()):
+            best = [
+                min(cost.seconds(works, H200) for works in _candidates(shape, op).values()) for op in OPS
+            ]
+            place = [shapes.layer(shape), str(features), str(shape.kernel_size[0])]
+            cells = []
+            for passes, time in ((1, best[0]), (3, sum(best))):
+                found = [passes * dense_seconds(shape, e) / time for e in reversed(EFFICIENCIES)]
+                cells.append(" to ".join(f"{ratio:.1f}x" for ratio in found))
+            lines.append([*place, *cells])
+    return lines
+
+
+_PAGE = """# Predictions for a Hopper
+
+**Nothing here is measured: no GPU has run these kernels.** `python benchmarks/predictions.py` writes
+it from the cost model (`hyperconv_ext/backends/cost.py`), by which `auto` ranks candidates: counts of
+each kernel's work over data-sheet figures of an H200 ({processors} multiprocessors at {clock:g} GHz).
+Latency is in it as a guess. It ranks on one machine; take no ratio here for a speed.
+
+bfloat16, channels last, cold caches. A dense convolution is given 60 or 75% of the tensor cores' peak,
+and nothing for memory and launches. `basis`: the kernels of every generation, by mma.sync; `wgmma`:
+Hopper's own, which take N = 4 at most.
+
+## Times faster
+
+From the dense convolution at 75% to that at 60% of the peak. The default is N = 4 below 49 taps, 8 from
+there on.
+
+{ratios}
+
+## Clocks by resource, N = 4
+
+Thousands of clocks of the busiest multiprocessor, all launches of a pass together: `products`, of the
+tensor cores and what is scalar; `shared`, bytes through shared memory; `cache`, from and to L2; `waits`,
+for the loads of a step; `dram`, of all multiprocessors. The slowest decides, and a quarter of the others
+is added, and the launches.
+
+{resources}
+"""
+
+
+def text() -> str:
+    """The page, a function of the model alone."""
+    return _PAGE.format(
+        processors=H200.processors,
+        clock=figures(H200).clock / 1e9,
+        ratios="\n".join(tables.markdown(ratios(), labels=3)),
+        resources="\n".join(tables.markdown(by_resource(), labels=4)),
+    )
+
+
+if __name__ == "__main__":
+    FILE.write_text(text())
+    print(FILE)
