@@ -48,6 +48,7 @@ struct Layout {
   static constexpr int kBytes = kBarriers + 8 * kBarrierCount + kAlignment;
   static constexpr int kTotal = S::kSteps * 16 * kColumns;  // sums of a consumer, at the end
   static_assert(kBytes <= kSharedBytes && kGroups * kTotal * 4 <= kBarriers);
+  static_assert(64 * kTiles >= 16 * S::kSteps);
 };
 
 template <typename T, class S, int kC>

@@ -16,6 +16,7 @@ namespace hyperconv {
 namespace {
 
 constexpr int kFirstGroup = 3;  // functions of the first warpgroup
+static_assert(0 < kFirstGroup && kFirstGroup < kRanks);
 constexpr int kGradBytes = kUnit * 2 * kBox;  // of a unit
 
 struct Parameters {

@@ -135,7 +135,7 @@ def test_saved_for_backward(kernel: int, backend: str, device) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         conv(input)
-    basis = 5 * kernel**2
+    basis = conv.rank * kernel**2
     state = (*conv.parameters(), *conv.buffers())
     parameters = sum(tensor.numel() for tensor in state if tensor is not conv.bias)
     assert sum(saved) <= input.numel() + basis + parameters + conv.taps.numel()

@@ -173,7 +173,7 @@ def test_collections_of_integers_of_other_kinds() -> None:
         ("output_padding", lambda v: HyperConvTranspose2d(4, 4, 3, output_padding=v)),
         ("groups", lambda v: HyperConv2d(4, 4, 3, groups=v)),
         ("in_channels", lambda v: HyperConv2d(v, 4, 3)),
-        ("num_features", lambda v: HyperConv2d(4, 4, 3, num_features=v)),
+        ("num_features", lambda v: CoordinateMLP(2, num_features=v)),
         ("hidden_features", lambda v: HyperConv2d(4, 4, 3, hidden_features=(v,))),
         ("stride", lambda v: functional.basis_conv2d(INPUT, A, PHI, None, v, groups=2)),
         ("groups", lambda v: functional.basis_conv2d(INPUT, A, PHI, groups=v)),

@@ -163,7 +163,7 @@ def test_counts_are_those_of_the_modules(
     example: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameters = example("parameters")
-    layer, twin = HyperConv2d(16, 16, 7), nn.Conv2d(16, 16, 7)
+    layer, twin = HyperConv2d(16, 16, 7, num_features=4), nn.Conv2d(16, 16, 7)
     files = parameters.main(["--out", str(tmp_path)])
     with files[1].open(newline="") as file:
         rows = list(csv.DictReader(file))
