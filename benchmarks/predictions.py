@@ -1,7 +1,7 @@
 """What the cost model says of a Hopper that is not here: `python benchmarks/predictions.py`.
 
 Nothing in it is measured. It writes clocks by resource of each pass beside a dense convolution at 60
-and 75% of the tensor cores' peak to benchmarks/results/predictions.md.
+and 75% of the tensor cores' peak to benchmarks/results/predicted/hopper.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hyperconv_ext.problem import OPS, Device
 
 H200 = Device("cuda", wgmma.CAPABILITY, 132)
 EFFICIENCIES = (0.6, 0.75)  # of the peak, that a dense convolution may reach
-FILE = Path(__file__).resolve().parent / "results" / "predictions.md"
+FILE = Path(__file__).resolve().parent / "results" / "predicted" / "hopper.md"
 PASSES = dict(zip(OPS, ("y", "∂x", "∂A", "∂φ"), strict=True))
 
 

@@ -119,7 +119,6 @@ def test_accelerate(precision: str, tmp_path: Path) -> None:
     plain.load_state_dict(before.state_dict())
     accelerator.load_state(tmp_path)
     assert_same(plain, trained)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_transformers(tmp_path: Path) -> None:
