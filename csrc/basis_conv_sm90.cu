@@ -51,29 +51,21 @@ class BasisConv {
       : x_(x), y_(y), p_(p), base_(aligned_base()) {}
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(constants(), 1);
-      for (int g = 0; g < kGroups; ++g) {
-        for (int s = 0; s < L::kStages; ++s) {
-          ptx::mbarrier_init(halo_full(g, s), 1);
-          ptx::mbarrier_init(halo_empty(g, s), 4);
-        }
-      }
-      for (int s = 0; s < L::kRing; ++s) {
-        ptx::mbarrier_init(weights_full(s), 1);
-        ptx::mbarrier_init(weights_empty(s), 4 * kGroups);
-      }
-      ptx::fence_proxy_async();  // the barriers, which the copy engine arrives at
-    }
-    __syncthreads();  // the barriers are there
-    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
-    if (group < 0) {
-      ptx::fewer_registers<24>();
-      if (threadIdx.x == 0) produce();
-    } else {
-      ptx::more_registers<240>();
-      consume(group);
-    }
+    run_roles(
+        [&] {
+          ptx::mbarrier_init(constants(), 1);
+          for (int g = 0; g < kGroups; ++g) {
+            for (int s = 0; s < L::kStages; ++s) {
+              ptx::mbarrier_init(halo_full(g, s), 1);
+              ptx::mbarrier_init(halo_empty(g, s), 4);
+            }
+          }
+          for (int s = 0; s < L::kRing; ++s) {
+            ptx::mbarrier_init(weights_full(s), 1);
+            ptx::mbarrier_init(weights_empty(s), 4 * kGroups);
+          }
+        },
+        [&] { produce(); }, [&](int group) { consume(group); });
   }
 
  private:

@@ -67,25 +67,17 @@ class BasisGradient {
   }
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(constants(), 1);
-      for (int g = 0; g < kGroups; ++g) {
-        for (int s = 0; s < L::kStages; ++s) {
-          ptx::mbarrier_init(full(g, s), 1);
-          ptx::mbarrier_init(empty(g, s), 4);
-        }
-      }
-      ptx::fence_proxy_async();  // the barriers, which the copy engine arrives at
-    }
-    __syncthreads();  // the barriers are there
-    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
-    if (group < 0) {
-      ptx::fewer_registers<24>();
-      if (threadIdx.x == 0) produce();
-    } else {
-      ptx::more_registers<240>();
-      consume(group);
-    }
+    run_roles(
+        [&] {
+          ptx::mbarrier_init(constants(), 1);
+          for (int g = 0; g < kGroups; ++g) {
+            for (int s = 0; s < L::kStages; ++s) {
+              ptx::mbarrier_init(full(g, s), 1);
+              ptx::mbarrier_init(empty(g, s), 4);
+            }
+          }
+        },
+        [&] { produce(); }, [&](int group) { consume(group); });
   }
 
  private:

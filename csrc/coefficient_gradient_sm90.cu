@@ -60,27 +60,21 @@ class CoefficientGradient {
   }
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(constants(), 1);
-      for (int s = 0; s < L::kStages; ++s) {
-        ptx::mbarrier_init(full(s), 1);
-        ptx::mbarrier_init(empty(s), 4 * kGroups);
-      }
-      ptx::fence_proxy_async();  // the barriers, which the copy engine arrives at
-    }
-    __syncthreads();  // the barriers are there
-    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
-    if (group < 0) {
-      ptx::fewer_registers<24>();
-      if (threadIdx.x == 0) produce();
-    } else {
-      ptx::more_registers<240>();
-      if (group == 0) {
-        consume<0, kFirstGroup>();
-      } else {
-        consume<kFirstGroup, kRanks - kFirstGroup>();
-      }
-    }
+    run_roles(
+        [&] {
+          ptx::mbarrier_init(constants(), 1);
+          for (int s = 0; s < L::kStages; ++s) {
+            ptx::mbarrier_init(full(s), 1);
+            ptx::mbarrier_init(empty(s), 4 * kGroups);
+          }
+        },
+        [&] { produce(); }, [&](int group) {
+          if (group == 0) {
+            consume<0, kFirstGroup>();
+          } else {
+            consume<kFirstGroup, kRanks - kFirstGroup>();
+          }
+        });
   }
 
  private:

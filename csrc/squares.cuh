@@ -19,7 +19,7 @@ constexpr int kRanks = 5;            // basis functions, the last ones zero wher
 constexpr int kColumns = 16 * kRanks;
 constexpr int kBandStep = 16 * kColumns * 2;  // bytes of the bands for 16 positions of the patch
 constexpr int kSide = 8;                      // outputs of a square, along both axes
-constexpr int kSquareUnits = 4;                     // of a square
+constexpr int kSquareUnits = 4;               // of 16 outputs
 constexpr int kBox = 64;                      // channels of a copy: 128 bytes
 constexpr int kGroups = 2;                    // warpgroups that multiply, beside that of the producer
 constexpr int kThreads = 128 * (kGroups + 1);
@@ -99,6 +99,26 @@ Status with_shape(Number number, const Choice& choice, const Function& function)
   if (number == Number::kHalf) return with(__half{});
   if (number == Number::kBfloat16) return with(__nv_bfloat16{});
   return kUnknownPlan;
+}
+
+// What the threads of a block do: one makes the barriers before any passes; one of the first warpgroup copies,
+// and the other warpgroups multiply, with the registers that it gives up.
+template <class Barriers, class Produce, class Consume>
+__device__ __forceinline__ void run_roles(const Barriers& barriers, const Produce& produce,
+                                          const Consume& consume) {
+  if (threadIdx.x == 0) {
+    barriers();
+    ptx::fence_proxy_async();  // the barriers, which the copy engine arrives at
+  }
+  __syncthreads();  // the barriers are there
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
+  if (group < 0) {
+    ptx::fewer_registers<24>();
+    if (threadIdx.x == 0) produce();
+  } else {
+    ptx::more_registers<240>();
+    consume(group);
+  }
 }
 
 // Position in a ring, and the parity of the phase that this round waits for.
