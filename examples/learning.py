@@ -26,6 +26,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def plan_trials(args: argparse.Namespace) -> list[Trial]:
     return list(dict.fromkeys(trials))
 
 
+@cache
 def _is_default(kind: str, kernel_size: int) -> bool:
     """Whether the kind names the N which the default has for this kernel, so that it would run twice."""
     features = KINDS[kind].arguments.get("num_features")
