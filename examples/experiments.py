@@ -205,6 +205,7 @@ def train(
     seed: int,
     checkpoint: Checkpoint,
     label: str,
+    falling: bool = False,
 ) -> tuple[list[float], float]:
     """Minimise `loss`; a run that was killed goes on behind the last epoch it finished.
 
@@ -216,10 +217,12 @@ def train(
             state is kept in the checkpoint, too.
         checkpoint: from `Runs.checkpoint`.
         label: of the progress bar.
+        falling: the learning rate falls on a straight line, to 0 after the last step.
 
     Returns:
         The mean loss of each epoch, and the seconds they took.
     """
+    rates = [group["lr"] for group in optimizer.param_groups]  # before a checkpoint brings others
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     seconds = 0.0
@@ -233,11 +236,15 @@ def train(
     steps = -(-examples // batch_size)
     bar = tqdm(desc=label, total=epochs * steps, initial=len(losses) * steps, unit="step")
     with bar:
-        for _ in range(len(losses), epochs):
+        for epoch in range(len(losses), epochs):
             start = time.perf_counter()
             network.train()
             total = torch.zeros((), device=device)
-            for batch in torch.randperm(examples, generator=order).to(device).split(batch_size):
+            batches = torch.randperm(examples, generator=order).to(device).split(batch_size)
+            for step, batch in enumerate(batches, epoch * steps):
+                if falling:
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * (1 - step / (epochs * steps))
                 value = loss(batch)
                 optimizer.zero_grad()
                 value.backward()
@@ -266,7 +273,7 @@ def train_by_adam(
     checkpoint: Checkpoint,
     label: str,
 ) -> tuple[list[float], float]:
-    """`train` by Adam; the trial has rate, train, batch_size, epochs, seed, and decay if not 0."""
+    """`train` by Adam; the trial has rate, train, batch_size, epochs, seed; decay, falling if not 0."""
     decay = trial.get("decay", 0.0)
     return train(
         network,
@@ -278,6 +285,7 @@ def train_by_adam(
         seed=trial["seed"],
         checkpoint=checkpoint,
         label=label,
+        falling=trial.get("falling", False),
     )
 
 

@@ -9,7 +9,8 @@ more salt-and-pepper or Gaussian noise. Network, optimiser and noise are those o
 (github.com/mkarmann/hyper-conv), in which hyper-convolutions alone have a batch norm over the taps of
 their kernels, and ordinary convolutions alone a bias. So there are controls:
 
-- hyper-convolutions without the weight norm, and ordinary convolutions without the bias;
+- ordinary convolutions without the bias, and with the weight norm in its place;
+- hyper-convolutions without the weight norm, as published otherwise and as this package makes them;
 - ordinary convolutions whose kernels are smoothed after training, in case smooth kernels are enough.
 
 Every run is appended to OUT/runs.jsonl once it is finished, and one that is there is not repeated; one
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from common import CLASSES, Images, load_images, positive
@@ -59,11 +61,12 @@ QUICK: dict[str, Any] = {
     "test": 500,
     "noisy": 100,
     "batch_size": 16,
-    "rate": 1e-3,
 }
 
 
-def hyper(width: int, backend: str, weight_norm: str | None) -> HyperConv2d:
+def hyper(
+    width: int, backend: str, weight_norm: str | None, parametrization: str = "published"
+) -> HyperConv2d:
     """The published layer: features of a leaky ReLU, a norm over the taps in the place of a bias."""
     return HyperConv2d(
         width,
@@ -74,13 +77,30 @@ def hyper(width: int, backend: str, weight_norm: str | None) -> HyperConv2d:
         num_features=FEATURES,
         weight_norm=weight_norm,
         backend=backend,
-        parametrization="published",
+        parametrization=parametrization,
     )
 
 
-def ordinary(width: int, bias: bool) -> nn.Conv2d:
+class TapNorm(nn.Module):
+    """The weight norm of a hyper-convolution for nn.Conv2d's kernels: a batch norm over the taps of each."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(*shape[:2], 1, 1))
+        self.shift = nn.Parameter(torch.zeros(*shape[:2], 1, 1))
+
+    def forward(self, kernels: Tensor) -> Tensor:
+        """`[out, in, height, width]` of the same."""
+        variance, mean = torch.var_mean(kernels, (2, 3), correction=0, keepdim=True)
+        return self.scale * (kernels - mean) * torch.rsqrt(variance + 1e-5) + self.shift
+
+
+def ordinary(width: int, bias: bool, weight_norm: bool = False) -> nn.Conv2d:
     """Its twin."""
-    return nn.Conv2d(width, width, KERNEL, padding="same", bias=bias)
+    layer = nn.Conv2d(width, width, KERNEL, padding="same", bias=bias)
+    if weight_norm:
+        parametrize.register_parametrization(layer, "weight", TapNorm(layer.weight.shape))
+    return layer
 
 
 # A convolution of a residual block, given its channels and a backend.
@@ -88,7 +108,9 @@ KINDS: Mapping[str, Callable[[int, str], nn.Module]] = {
     "conv": lambda width, backend: ordinary(width, bias=True),
     "hyper": lambda width, backend: hyper(width, backend, "batch"),
     "hyper-no-norm": lambda width, backend: hyper(width, backend, None),
+    "hyper-default": lambda width, backend: hyper(width, backend, None, "orthonormal"),
     "conv-no-bias": lambda width, backend: ordinary(width, bias=False),
+    "conv-norm": lambda width, backend: ordinary(width, bias=False, weight_norm=True),
 }
 
 
@@ -230,6 +252,7 @@ def plan(args: argparse.Namespace) -> Plan:
         "batch_size": args.batch_size,
         "rate": args.rate,
         "decay": 1e-6,
+        "falling": True,
         "data": images.checksum,
         "device": str(args.device),
         "backend": args.backend,
@@ -253,8 +276,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("--test", type=positive, default=5_000, help="held-out images")
     option("--noisy", type=positive, default=1_000, help="of these, at every level of noise")
     option("--batch-size", type=positive, default=64, help="images per step")
-    option("--rate", type=float, default=1e-4, help="learning rate of Adam")
-    add_experiment_options(parser, "noise", epochs=6)
+    option("--rate", type=float, default=1e-3, help="learning rate of Adam, falls to 0")
+    add_experiment_options(parser, "noise", epochs=2)
     return parser
 
 

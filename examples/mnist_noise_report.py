@@ -43,14 +43,19 @@ LOOKS: Mapping[str, Look] = {
     "conv": Look("nn.Conv2d", ORDINARY, "-"),
     "hyper": Look("HyperConv2d, weight norm", HYPER, "-"),
     "hyper-no-norm": Look("HyperConv2d, no weight norm", HYPER, "--"),
+    "hyper-default": Look("HyperConv2d, defaults, no bias", HYPER, ":"),
     "conv-no-bias": Look("nn.Conv2d, no bias", ORDINARY, "--"),
+    "conv-norm": Look("nn.Conv2d, weight norm", ORDINARY, ":"),
     "smooth-0.5": Look("nn.Conv2d, smoothed by 0.5 taps", PALETTE[2], "-"),
     "smooth-1": Look("nn.Conv2d, smoothed by 1 tap", PALETTE[2], "--"),
 }
 CONTRASTS = (
     ("all of it, as published", "hyper", "conv"),
-    ("the hyper-convolution", "hyper-no-norm", "conv-no-bias"),
-    ("the weight norm", "hyper", "hyper-no-norm"),
+    ("the hyper-convolution, as published", "hyper-no-norm", "conv-no-bias"),
+    ("the hyper-convolution, by default", "hyper-default", "conv-no-bias"),
+    ("the hyper-convolution, both with the weight norm", "hyper", "conv-norm"),
+    ("the weight norm, of hyper-convolutions", "hyper", "hyper-no-norm"),
+    ("the weight norm, of ordinary ones", "conv-norm", "conv-no-bias"),
     ("the bias", "conv", "conv-no-bias"),
     ("smoothing, a little", "smooth-0.5", "conv"),
     ("smoothing, much", "smooth-1", "conv"),
@@ -181,7 +186,7 @@ def write_report(
             files += save_figure(draw(curves, levels, quick), folder, name)
         told = dict(zip(SETTINGS, settings, strict=True))
         sections += [
-            f"With `{flags(told)}`, by Adam with weight decay {told['decay']:g}; "
+            f"With `{flags(told)}`, by Adam, its rate falling to 0 on a straight line, with weight decay {told['decay']:g}; "
             f"device {told['device']}, backend {told['backend']}. Clean: accuracy on {told['test']:,} "
             f"held-out images. Salt-and-pepper, Gaussian: the share of pixels, and the deviation, "
             f"at which {HALF:.0%} of the first {told['noisy']:,} of these are right. Mean ± standard "
