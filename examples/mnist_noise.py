@@ -82,7 +82,7 @@ def hyper(
 
 
 class TapNorm(nn.Module):
-    """The weight norm of a hyper-convolution for nn.Conv2d's kernels: a batch norm over the taps of each."""
+    """A hyper-convolution's weight norm for nn.Conv2d's kernels: a batch norm over the taps of each."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()

@@ -186,11 +186,11 @@ def write_report(
             files += save_figure(draw(curves, levels, quick), folder, name)
         told = dict(zip(SETTINGS, settings, strict=True))
         sections += [
-            f"With `{flags(told)}`, by Adam, its rate falling to 0 on a straight line, with weight decay {told['decay']:g}; "
-            f"device {told['device']}, backend {told['backend']}. Clean: accuracy on {told['test']:,} "
-            f"held-out images. Salt-and-pepper, Gaussian: the share of pixels, and the deviation, "
-            f"at which {HALF:.0%} of the first {told['noisy']:,} of these are right. Mean ± standard "
-            f"deviation over seeds; the published are of one seed.",
+            f"With `{flags(told)}`, by Adam, whose rate falls to 0 on a straight line, with weight "
+            f"decay {told['decay']:g}; device {told['device']}, backend {told['backend']}. Clean: "
+            f"accuracy on {told['test']:,} held-out images. Salt-and-pepper, Gaussian: the share of "
+            f"pixels, and the deviation, at which {HALF:.0%} of the first {told['noisy']:,} of these "
+            f"are right. Mean ± standard deviation over seeds; the published are of one seed.",
             results_table(curves, levels),
             "How much more noise that is, between networks of the same seed:",
             contrasts_table(curves, levels),
