@@ -55,7 +55,6 @@ SMOOTHED = {"smooth-0.5": 0.5, "smooth-1": 1.0}  # deviation of the Gaussian, in
 EVALUATED = 500  # images at once
 # What `--quick` sets unless the command line does.
 QUICK: dict[str, Any] = {
-    "epochs": 1,
     "seeds": 1,
     "train": 2000,
     "test": 500,
@@ -277,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--noisy", type=positive, default=1_000, help="of these, at every level of noise")
     option("--batch-size", type=positive, default=64, help="images per step")
     option("--rate", type=float, default=1e-3, help="learning rate of Adam, falls to 0")
-    add_experiment_options(parser, "noise", epochs=2)
+    add_experiment_options(parser, "noise", epochs=1)
     return parser
 
 
