@@ -84,10 +84,11 @@ def test_quick_sets_what_the_command_line_leaves_open(experiments: ModuleType) -
     assert (given.epochs, given.out) == (8, Path("here"))
 
 
+@pytest.mark.parametrize("falling", [False, True])
 def test_training_that_was_killed_goes_on_to_the_same_end(
-    experiments: ModuleType, tmp_path: Path
+    experiments: ModuleType, tmp_path: Path, falling: bool
 ) -> None:
-    """With noise and momentum, whose states are part of the checkpoint."""
+    """With noise and momentum, whose states are part of the checkpoint, at a rate that falls or not."""
     inputs = torch.randn(10, 3, generator=torch.Generator().manual_seed(5))
     runs = experiments.Runs(tmp_path)
     kill_at: int | None = None
@@ -105,8 +106,11 @@ def test_training_that_was_killed_goes_on_to_the_same_end(
             return (network(inputs[batch] + torch.randn(3)) - 1).square().mean()
 
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-        settings = {"batch_size": 4, "epochs": 3, "seed": 0, "checkpoint": runs.checkpoint(trial)}
-        losses, _ = experiments.train(network, optimizer, loss, 10, **settings, label="test")
+        settings = {"batch_size": 4, "epochs": 3, "seed": 0, "falling": falling}
+        settings |= {"checkpoint": runs.checkpoint(trial), "label": "test"}
+        losses, _ = experiments.train(network, optimizer, loss, 10, **settings)
+        # Of the last of nine steps.
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 9 if falling else 0.1)
         return network.weight.detach(), losses
 
     weight, losses = reached({"seed": 0})

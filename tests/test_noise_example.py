@@ -59,6 +59,18 @@ def test_all_networks_are_trained_measured_and_reported(
     assert noise.main(["--report-only", "--quick", "--out", str(tmp_path / "out")]) == files
 
 
+def test_the_norm_of_ordinary_kernels_is_that_of_hyper_convolutions(noise: ModuleType) -> None:
+    """Of the same kernels it makes the same ones."""
+    torch.manual_seed(0)
+    normed, plain = (noise.hyper(4, "reference", norm) for norm in ("batch", None))
+    twin = noise.ordinary(4, bias=False, weight_norm=True)
+    plain.load_state_dict(normed.state_dict(), strict=False)
+    with torch.no_grad():
+        twin.parametrizations.weight.original.copy_(plain.weight)
+    torch.testing.assert_close(twin.weight, normed.weight)
+    assert twin.parametrizations.weight[0].scale.shape == (4, 4, 1, 1)
+
+
 def test_more_noisy_images_than_there_are_is_refused(
     noise: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
