@@ -5,9 +5,11 @@
 //   z' [16 channels, 5 x 16 outputs] = x' [16 channels, patch] bands' [patch, 80]    (16 positions at a time)
 //   y [16 outputs, out]             += z_r [16 outputs, 16 channels] A_r [16, out]
 //
+// for a pack of five functions after another: these and 16 channels are an item.
+//
 // The channels are the rows of the first product, so that its left operand is the patch: of another unit in
 // every warp, while all of them share the bands. movmatrix turns z' into the left operand of the second product
-// in registers. z of the next 16 channels is on its way before y of these begins, and runs beside it.
+// in registers. z of the next item is on its way before y of this one begins, and runs beside it.
 #include <algorithm>
 #include <type_traits>
 
@@ -23,28 +25,44 @@ struct Parameters {
   Squares squares;
 };
 
+constexpr int kBoxBlocks = kBox / 16;
+constexpr int kBarrierBytes = 128;  // no more
+
+// Pieces of shared memory that are left beside so many bytes.
+constexpr int room(int bytes, int piece) {
+  return (kSharedBytes - kAlignment - kBarrierBytes - bytes) / piece;
+}
+
 // Bytes of shared memory: halos and staged outputs first, whose swizzle wants multiples of 1024.
-template <class S, int kC>
+template <class S, int kC, int kPacks>
 struct Layout {
-  // A is resident, or streams through a ring of blocks of 16 channels.
-  static constexpr bool kResident = kC == kBox;
+  static constexpr int kItems = kC / 16 * kPacks, kItemBytes = kRanks * 16 * kC * 2;
   static constexpr int kStages = S::kHaloBytes > 32 * 1024 ? 1 : 2;  // halos of a consumer
-  static constexpr int kBlocks = kC / 16, kBlockBytes = kRanks * 16 * kC * 2;
-  static constexpr int kRing = kResident ? 1 : kStages + 1;
-  static constexpr int kWeightBytes = (kResident ? kBlocks : kRing) * kBlockBytes;
-  static constexpr int kOut = kGroups * kStages * S::kHaloBytes;
+  static constexpr int kHalos = kGroups * kStages * S::kHaloBytes;
   static constexpr int kOutBytes = kUnit * kC * 2;  // of a warp
-  static constexpr int kBands = kOut + kGroups * 4 * kOutBytes;
-  static constexpr int kWeights = kBands + S::kBandBytes;
+  static constexpr int kBandBytes = kPacks * S::kBandBytes;
+  // y is staged beside the halos; where this leaves too little for A, in the consumer's halo.
+  static constexpr bool kInHalo = room(kHalos + kGroups * 4 * kOutBytes + kBandBytes, kItemBytes) < 2;
+  static constexpr int kOut = kInHalo ? 0 : kHalos, kOutStep = kInHalo ? S::kHaloBytes : 4 * kOutBytes;
+  static constexpr int kBands = kInHalo ? kHalos : kOut + kGroups * kOutStep;
+  static constexpr int kWeights = kBands + kBandBytes;
+  // A is resident, or streams item by item through a ring.
+  static constexpr int kRoom = room(kWeights, kItemBytes);
+  static constexpr bool kResident = kRoom >= kItems;
+  static constexpr int kRing = kResident ? 1 : std::min(kRoom, 3);
+  static constexpr int kWeightBytes = (kResident ? kItems : kRing) * kItemBytes;
   static constexpr int kBarriers = kWeights + kWeightBytes;
   static constexpr int kBarrierCount = 1 + 2 * kGroups * kStages + 2 * kRing;
   static constexpr int kBytes = kBarriers + 8 * kBarrierCount + kAlignment;
-  static_assert(kBytes <= kSharedBytes);
+  static_assert(kBytes <= kSharedBytes && 8 * kBarrierCount <= kBarrierBytes);
+  static_assert(kRing >= 2 || kResident);  // an item's A is not free before y of the next has begun
+  // Whoever has A of the last item knows by the ring that all warps have their last patch in registers.
+  static_assert(!kInHalo || (kStages == 1 && 4 * kOutBytes <= S::kHaloBytes && kRing <= kPacks + 1));
 };
 
-template <typename T, class S, int kC>
+template <typename T, class S, int kC, int kPacks>
 class BasisConv {
-  using L = Layout<S, kC>;
+  using L = Layout<S, kC, kPacks>;
 
  public:
   __device__ __forceinline__ BasisConv(const CUtensorMap* x, const CUtensorMap* y, const Parameters& p)
@@ -102,17 +120,17 @@ class BasisConv {
         }
         stage.advance();
         if (first) {
-          ptx::mbarrier_expect(constants(), S::kBandBytes + (L::kResident ? L::kWeightBytes : 0));
-          ptx::bulk_load(base_ + L::kBands, p_.bands, S::kBandBytes, constants());
+          ptx::mbarrier_expect(constants(), L::kBandBytes + (L::kResident ? L::kWeightBytes : 0));
+          ptx::bulk_load(base_ + L::kBands, p_.bands, L::kBandBytes, constants());
           if (L::kResident) ptx::bulk_load(base_ + L::kWeights, p_.packed, L::kWeightBytes, constants());
           first = false;
         }
         if constexpr (!L::kResident) {
-          for (int block = c / 16; block < (c + kBox) / 16; ++block) {
+          for (int item = c / 16 * kPacks, n = 0; n < kBoxBlocks * kPacks; ++item, ++n) {
             ptx::mbarrier_wait(weights_empty(ring.at), ring.parity);
-            ptx::mbarrier_expect(weights_full(ring.at), L::kBlockBytes);
-            ptx::bulk_load(base_ + L::kWeights + ring.at * L::kBlockBytes,
-                           static_cast<const char*>(p_.packed) + block * L::kBlockBytes, L::kBlockBytes,
+            ptx::mbarrier_expect(weights_full(ring.at), L::kItemBytes);
+            ptx::bulk_load(base_ + L::kWeights + ring.at * L::kItemBytes,
+                           static_cast<const char*>(p_.packed) + item * L::kItemBytes, L::kItemBytes,
                            weights_full(ring.at));
             ring.advance();
           }
@@ -133,12 +151,15 @@ class BasisConv {
     Ring<L::kRing> ring(0);
     int released = 0;  // of the ring, next
 
-    const auto mix = [&](const uint32_t (&left)[kRanks][4], int block) {
-      const int64_t at = (L::kResident ? block : ring.at) * (L::kBlockBytes >> 4);
+    const auto begin = [&](int pack) {
+      form<T, S, kColumns>(z, patch, ptx::unknown(bands + pack * (S::kBandBytes >> 4)));
+    };
+    const auto mix = [&](const uint32_t (&left)[kRanks][4], int item) {
+      const int64_t at = (L::kResident ? item : ring.at) * (L::kItemBytes >> 4);
       ptx::wgmma_fence();
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
-        ptx::Wgmma<T, kC>::multiply(y, left[r], weights + at + r * (16 * kC * 2 >> 4), block + r > 0);
+        ptx::Wgmma<T, kC>::multiply(y, left[r], weights + at + r * (16 * kC * 2 >> 4), item + r > 0);
       }
       ptx::wgmma_commit();
     };
@@ -166,30 +187,34 @@ class BasisConv {
       load_patch<S>(patch, halo(group, stage.at) + row);
       if (first) ptx::mbarrier_wait(constants(), 0);
       first = false;
-      form<T, S, kColumns>(z, patch, bands);
+      begin(0);
 #pragma unroll
-      for (int block = 0; block < L::kBlocks; ++block) {
-        // Under way: z of this block and, behind it or before, y of the last one.
-        if (block == 0) {
+      for (int item = 0; item < L::kItems; ++item) {
+        // Under way: z of this item and, behind it or before, y of the last one.
+        if (item == 0) {
           ptx::wgmma_wait<0>();
         } else {
           ptx::wgmma_wait<1>();
         }
         ptx::keep(z);
-        if (block >= 2) release();  // what y of the last block but one has read
-        turn(left[block % 2]);
-        const bool last_of_box = (block + 1) % (kBox / 16) == 0;
-        if (last_of_box) {
-          if (lane == 0) ptx::mbarrier_arrive(halo_empty(group, stage.at));
+        if (item >= 2) release();  // what y of the last item but one has read
+        turn(left[item % 2]);
+        // The first item of the last patch: all of this halo has been read.
+        if (item % (kBoxBlocks * kPacks) == (kBoxBlocks - 1) * kPacks) {
+          const bool kept = L::kInHalo && item + kPacks == L::kItems;
+          if (lane == 0 && !kept) ptx::mbarrier_arrive(halo_empty(group, stage.at));
           stage.advance();
         }
-        if (block + 1 < L::kBlocks) {
-          if (last_of_box) ptx::mbarrier_wait(halo_full(group, stage.at), stage.parity);
-          load_patch<S>(patch, (halo(group, stage.at) + row) ^ (block + 1) % (kBox / 16) << 5);
-          form<T, S, kColumns>(z, patch, bands);
+        if (item + 1 < L::kItems) {
+          const int block = (item + 1) / kPacks % kBoxBlocks, pack = (item + 1) % kPacks;
+          if (pack == 0) {
+            if (block == 0) ptx::mbarrier_wait(halo_full(group, stage.at), stage.parity);
+            load_patch<S>(patch, (halo(group, stage.at) + row) ^ block << 5);
+          }
+          begin(pack);
         }
         if constexpr (!L::kResident) ptx::mbarrier_wait(weights_full(ring.at), ring.parity);
-        mix(left[block % 2], block);
+        mix(left[item % 2], item);
         if constexpr (!L::kResident) ring.advance();
       }
       ptx::wgmma_wait<0>();
@@ -205,7 +230,7 @@ class BasisConv {
   __device__ __forceinline__ void store(const float (&y)[kC / 2], int group, int unit, int lane,
                                         int i) const {
     const T* bias = static_cast<const T*>(p_.bias);
-    const uint32_t staged = base_ + L::kOut + (4 * group + unit) * L::kOutBytes;
+    const uint32_t staged = base_ + L::kOut + group * L::kOutStep + unit * L::kOutBytes;
     constexpr int kBoxBytes = kUnit * 2 * kBox;
     const int row = lane % 16;
     if (lane == 0) ptx::store_wait_read();
@@ -228,13 +253,19 @@ class BasisConv {
     }
     ptx::fence_proxy_async();
     __syncwarp();  // all of the unit is there, and fenced
-    if (lane != 0 || i >= p_.squares.count) return;
-    const auto at = p_.squares[i];
-    const int h = at.h + S::unit_h(unit), w = at.w + S::unit_w(unit);
-    for (int c = 0; c < kC; c += kBox) {
-      ptx::tensor_store(staged + c / kBox * kBoxBytes, y_, c, w, h, at.n);
+    if (lane != 0) return;
+    if (i < p_.squares.count) {
+      const auto at = p_.squares[i];
+      const int h = at.h + S::unit_h(unit), w = at.w + S::unit_w(unit);
+      for (int c = 0; c < kC; c += kBox) {
+        ptx::tensor_store(staged + c / kBox * kBoxBytes, y_, c, w, h, at.n);
+      }
+      ptx::store_commit();
     }
-    ptx::store_commit();
+    if constexpr (L::kInHalo) {
+      ptx::store_wait_read();
+      ptx::mbarrier_arrive(halo_empty(group, 0));
+    }
   }
 
   const CUtensorMap *x_, *y_;
@@ -242,20 +273,20 @@ class BasisConv {
   const uint32_t base_;
 };
 
-template <typename T, class S, int kC>
+template <typename T, class S, int kC, int kPacks>
 __global__ __launch_bounds__(kThreads, 1) void basis_conv_sm90_kernel(
     const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap y,
     const __grid_constant__ Parameters p) {
 #if defined(HYPERCONV_HOST_RUNTIME) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  BasisConv<T, S, kC>(&x, &y, p).run();
+  BasisConv<T, S, kC, kPacks>(&x, &y, p).run();
 #endif
 }
 
-template <typename T, class S, int kC>
+template <typename T, class S, int kC, int kPacks>
 Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cudaStream_t stream) {
-  using L = Layout<S, kC>;
-  if (!fits<S>(map, choice, L::kBytes) || a.rank > kRanks || a.groups != 1 || a.x.channels != kC ||
-      a.y_channels != kC || !a.aligned) {
+  using L = Layout<S, kC, kPacks>;
+  if (!fits<S>(map, choice, L::kBytes) || a.groups != 1 || a.x.channels != kC || a.y_channels != kC ||
+      !a.aligned) {
     return kUnknownPlan;
   }
   const Parameters p = {map, a.bands, a.packed, a.bias, squares_of(map)};
@@ -269,7 +300,7 @@ Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cud
   status.error = multiprocessors(&processors);
   if (status.error != cudaSuccess) return status;
   const int blocks = std::min(processors, ceil_div(p.squares.count, kGroups));
-  return launch<basis_conv_sm90_kernel<T, S, kC>>(blocks, kThreads, L::kBytes, stream, x, y, p);
+  return launch<basis_conv_sm90_kernel<T, S, kC, kPacks>>(blocks, kThreads, L::kBytes, stream, x, y, p);
 }
 
 }  // namespace
@@ -279,8 +310,13 @@ Status basis_conv_sm90(Number number, const Lattice& map, const Choice& choice, 
   return with_shape(number, choice, [&](auto element, auto shape) -> Status {
     using T = decltype(element);
     using S = decltype(shape);
-    if (choice.out_tiles == 4) return run<T, S, 64>(map, choice, a, stream);
-    if (choice.out_tiles == 8) return run<T, S, 128>(map, choice, a, stream);
+    const auto with_packs = [&](auto packs) -> Status {
+      if (choice.out_tiles == 4) return run<T, S, 64, packs>(map, choice, a, stream);
+      if (choice.out_tiles == 8) return run<T, S, 128, packs>(map, choice, a, stream);
+      return kUnknownPlan;
+    };
+    if (packs_of(a.rank) == 1) return with_packs(std::integral_constant<int, 1>{});
+    if (packs_of(a.rank) == 2) return with_packs(std::integral_constant<int, 2>{});
     return kUnknownPlan;
   });
 }

@@ -1,12 +1,12 @@
 // basis_conv_bwd_basis by wgmma and TMA, of the geometries of basis_conv_sm90.cu: the gradient of the bands, summed
-// along their diagonals at the end. A block sums its share of the squares for 64 input channels. A consumer
-// warpgroup works on a square of its own, 32 of the channels at a time:
+// along their diagonals at the end. A block sums its share of the squares for 64 input channels and a pack of
+// functions. A consumer warpgroup works on a square of its own, 32 of the channels at a time:
 //
 //   u_r [4 units x 16 outputs, 32 channels]  = g [64, out] A_r' [out, 32]
 //   d bands [patch, R x 16 outputs]         += x [patch, 32 channels] u' [32, R x 16]      (unit by unit)
 //
 // The rows of the second product are the patch, 64 positions at a time, so that a thread holds the gradients of
-// all functions; u goes through shared memory, since all four warps need that of every unit.
+// all its functions; u goes through shared memory, since all four warps need that of every unit.
 #include <algorithm>
 #include <type_traits>
 
@@ -23,7 +23,7 @@ constexpr int kGradBytes = kUnit * 2 * kBox;  // of a unit and 64 output channel
 
 struct Parameters {
   Lattice map;
-  const void* packed;   // `prepare_cores`: [out / 16, ranks, 2, in, 8]
+  const void* packed;   // `prepare_cores`: [out / 16, packs * kRanks, 2, in, 8]
   float* partial;       // [splits, in / 64, R, K]; [R, K] if atomic
   const float* scales;  // [R], or null
   Squares squares;
@@ -58,11 +58,13 @@ class BasisGradient {
  public:
   __device__ __forceinline__ BasisGradient(const CUtensorMap* x, const CUtensorMap* g, const Parameters& p)
       : x_(x), g_(g), p_(p), base_(aligned_base()) {
-    const int in_blocks = p.in / kBox;
-    in_ = blockIdx.x % in_blocks * kBox;
-    slice_ = blockIdx.x;
+    const int in_blocks = p.in / kBox, in = blockIdx.x % in_blocks, rest = blockIdx.x / in_blocks;
+    const int split = rest / packs_of(p.rank);
+    in_ = in * kBox;
+    first_ = rest % packs_of(p.rank) * kRanks;
+    slice_ = split * in_blocks + in;
     const int share = ceil_div(ceil_div(p.squares.count, kGroups), p.splits) * kGroups;
-    begin_ = static_cast<int>(blockIdx.x) / in_blocks * share;
+    begin_ = split * share;
     end_ = min(begin_ + share, p.squares.count);
   }
 
@@ -95,12 +97,12 @@ class BasisGradient {
   // A once; of each square the halo, and g unit by unit. A square beyond the last one is all zeros.
   __device__ __forceinline__ void produce() const {
     const int origin_h = phase_origin(p_.map.axis[1], 0), origin_w = phase_origin(p_.map.axis[2], 0);
-    constexpr int kRows = kC / 16 * kRanks * 2, kRowBytes = kBox * 16;
+    constexpr int kRows = kRanks * 2, kRowBytes = kBox * 16;  // of 16 output channels
     ptx::mbarrier_expect(constants(), L::kWeightBytes);
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t row = static_cast<int64_t>(i) * p_.in + in_;
-      ptx::bulk_load(base_ + L::kWeights + i * kRowBytes, static_cast<const char*>(p_.packed) + row * 16,
-                     kRowBytes, constants());
+    for (int i = 0; i < kC / 16 * kRows; ++i) {
+      const int64_t row = i / kRows * packs_of(p_.rank) * kRows + 2 * first_ + i % kRows;
+      ptx::bulk_load(base_ + L::kWeights + i * kRowBytes,
+                     static_cast<const char*>(p_.packed) + (row * p_.in + in_) * 16, kRowBytes, constants());
     }
     Ring<L::kStages> stage(1);
     for (int i = begin_; i < end_; i += kGroups) {
@@ -229,8 +231,9 @@ class BasisGradient {
     }
     ptx::named_barrier<kCount>(1 + kGroups);  // all sums are there
     const int height = p_.map.axis[1].kernel, width = p_.map.axis[2].kernel, taps = height * width;
-    float* partial = p_.partial + static_cast<int64_t>(p_.atomic ? 0 : slice_) * p_.rank * taps;
-    for (int i = threadIdx.x - 128; i < p_.rank * taps; i += kCount) {
+    const int64_t slice = p_.atomic ? 0 : slice_;
+    float* partial = p_.partial + (slice * p_.rank + first_) * taps;
+    for (int i = threadIdx.x - 128; i < min(kRanks, p_.rank - first_) * taps; i += kCount) {
       const int r = i / taps, k = i % taps;
       float value = 0.0f;
       for (int t = 0; t < kUnit; ++t) {
@@ -239,7 +242,7 @@ class BasisGradient {
           value += total[g * L::kTotal + l * kColumns + r * kUnit + t];
         }
       }
-      if constexpr (std::is_same_v<T, __half>) value *= p_.scales[r];
+      if constexpr (std::is_same_v<T, __half>) value *= p_.scales[first_ + r];
       if (p_.atomic) {
         atomicAdd(partial + i, value);
       } else {
@@ -251,7 +254,7 @@ class BasisGradient {
   const CUtensorMap *x_, *g_;
   const Parameters& p_;
   const uint32_t base_;
-  int in_, slice_, begin_, end_;
+  int in_, first_, slice_, begin_, end_;  // first_: of the pack's functions
 };
 
 template <typename T, class S, int kC>
@@ -266,7 +269,7 @@ __global__ __launch_bounds__(kThreads, 1) void basis_gradient_sm90_kernel(
 template <typename T, class S, int kC>
 Status run(const Lattice& map, const Choice& choice, const BasisArguments& a, cudaStream_t stream) {
   using L = Layout<S, kC>;
-  if (!fits<S>(map, choice, L::kBytes) || a.rank > kRanks || a.groups != 1 || a.x.channels % kBox != 0 ||
+  if (!fits<S>(map, choice, L::kBytes) || a.groups != 1 || a.x.channels % kBox != 0 ||
       a.g.channels != kC || !a.aligned) {
     return kUnknownPlan;
   }
@@ -278,7 +281,7 @@ Status run(const Lattice& map, const Choice& choice, const BasisArguments& a, cu
     status = encode_units<T, S>(&g, map, a.g.data, a.g.strides, kC);
   }
   if (status.error != cudaSuccess || !status.known) return status;
-  const int64_t blocks = static_cast<int64_t>(p.in / kBox) * p.splits;
+  const int64_t blocks = static_cast<int64_t>(p.in / kBox) * packs_of(p.rank) * p.splits;
   return launch<basis_gradient_sm90_kernel<T, S, kC>>(blocks, kThreads, L::kBytes, stream, x,
                                                       g, p);
 }

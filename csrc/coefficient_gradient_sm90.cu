@@ -1,6 +1,6 @@
 // basis_conv_bwd_coeff by wgmma and TMA, of the geometries of basis_conv_sm90.cu. A block sums its share of the
-// squares for 64 input and 64 output channels. The unit of both consumer warpgroups is the same, but their
-// functions are not:
+// squares for 64 input and 64 output channels and a pack of functions. The unit of both consumer warpgroups is the
+// same, but their functions are not:
 //
 //   z' [64 channels, functions x 16 outputs] = x' [64, patch] bands' [patch, functions x 16]
 //   dA_r' [64 channels, 64 out]             += z_r' [64, 16 outputs] g [16, 64 out]
@@ -15,7 +15,7 @@
 namespace hyperconv {
 namespace {
 
-constexpr int kFirstGroup = 3;  // functions of the first warpgroup
+constexpr int kFirstGroup = 3;  // functions of a pack that the first warpgroup has
 static_assert(0 < kFirstGroup && kFirstGroup < kRanks);
 constexpr int kGradBytes = kUnit * 2 * kBox;  // of a unit
 
@@ -53,7 +53,9 @@ class CoefficientGradient {
     in_ = index % (p.in / kBox) * kBox;
     index /= p.in / kBox;
     out_ = index % (p.out / kBox) * kBox;
-    split_ = index / (p.out / kBox);
+    index /= p.out / kBox;
+    pack_ = index % packs_of(p.rank);
+    split_ = index / packs_of(p.rank);
     const int share = ceil_div(p.squares.count, p.splits);
     begin_ = split_ * share;
     end_ = min(begin_ + share, p.squares.count);
@@ -90,7 +92,8 @@ class CoefficientGradient {
     const int origin_h = phase_origin(p_.map.axis[1], 0), origin_w = phase_origin(p_.map.axis[2], 0);
     Ring<L::kStages> stage(1);
     ptx::mbarrier_expect(constants(), S::kBandBytes);
-    ptx::bulk_load(base_ + L::kBands, p_.bands, S::kBandBytes, constants());
+    const char* bands = static_cast<const char*>(p_.bands) + static_cast<int64_t>(pack_) * S::kBandBytes;
+    ptx::bulk_load(base_ + L::kBands, bands, S::kBandBytes, constants());
     for (int i = begin_; i < end_; ++i) {
       const auto at = p_.squares[i];
       ptx::mbarrier_wait(empty(stage.at), stage.parity);
@@ -104,7 +107,7 @@ class CoefficientGradient {
     }
   }
 
-  // Functions kFirst to kFirst + kCount - 1.
+  // Functions kFirst to kFirst + kCount - 1 of the pack.
   template <int kFirst, int kCount>
   __device__ __forceinline__ void consume() const {
     constexpr int kWidth = kCount * kUnit;
@@ -157,7 +160,8 @@ class CoefficientGradient {
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       ptx::keep(sum[r]);
-      if (kFirst + r < p_.rank) store(sum[r], kFirst + r, 16 * quarter, lane);
+      const int rank = pack_ * kRanks + kFirst + r;
+      if (rank < p_.rank) store(sum[r], rank, 16 * quarter, lane);
     }
   }
 
@@ -182,7 +186,7 @@ class CoefficientGradient {
   const CUtensorMap *x_, *g_;
   const Parameters& p_;
   const uint32_t base_;
-  int in_, out_, split_, begin_, end_;
+  int in_, out_, pack_, split_, begin_, end_;
 };
 
 template <typename T, class S>
@@ -197,7 +201,7 @@ __global__ __launch_bounds__(kThreads, 1) void coefficient_gradient_sm90_kernel(
 template <typename T, class S>
 Status run(const Lattice& map, const Choice& choice, const CoefficientArguments& a, cudaStream_t stream) {
   using L = Layout<S>;
-  if (!fits<S>(map, choice, L::kBytes) || a.rank > kRanks || a.groups != 1 || a.x.channels % kBox != 0 ||
+  if (!fits<S>(map, choice, L::kBytes) || a.groups != 1 || a.x.channels % kBox != 0 ||
       a.g.channels % kBox != 0 || !a.aligned) {
     return kUnknownPlan;
   }
@@ -209,7 +213,7 @@ Status run(const Lattice& map, const Choice& choice, const CoefficientArguments&
     status = encode_units<T, S>(&g, map, a.g.data, a.g.strides, p.out);
   }
   if (status.error != cudaSuccess || !status.known) return status;
-  const int64_t blocks = static_cast<int64_t>(p.in / kBox) * (p.out / kBox) * p.splits;
+  const int64_t blocks = static_cast<int64_t>(p.in / kBox) * (p.out / kBox) * packs_of(p.rank) * p.splits;
   return launch<coefficient_gradient_sm90_kernel<T, S>>(blocks, kThreads, L::kBytes, stream, x, g, p);
 }
 

@@ -72,10 +72,10 @@ Status prepare(Number number, const Lattice& map, const PrepareArguments& argume
 Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArguments& arguments,
                         const MlpArguments& mlp, bool wide, float* basis, cudaStream_t stream);
 
-// The same as wgmma's right operands (ptx::core_descriptor), for the kernels of squares.cuh: bands
-// [steps, 2, ranks, 16 t, 8], a patch's rows `patch_width` wide, and coefficients
-// [in / 16, ranks, 2, out, 8]; zeros for the functions beyond the last.
-Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int ranks,
+// The same as wgmma's right operands (ptx::core_descriptor), for the kernels of squares.cuh, which take `pack`
+// functions at a time: bands [packs, steps, 2, pack, 16 t, 8], a patch's rows `patch_width` wide, and
+// coefficients [in / 16, packs * pack, 2, out, 8]; zeros for the functions beyond the last.
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int pack,
                      int steps, int patch_width, cudaStream_t stream);
 
 // Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).

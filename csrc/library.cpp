@@ -132,6 +132,7 @@ Planned parse_plan(const Tensor& plan) {
                      &choice.shared_bytes, &choice.patch_width}) {
     *field = *next++;
   }
+  STD_TORCH_CHECK(choice.ranks > 0, "plan: expected basis functions at a time, got ", choice.ranks);
   return planned;
 }
 
@@ -180,9 +181,9 @@ class Workspace {
 };
 
 // What prepare reads and writes. `transposed` swaps the coefficients' channels (in, out): A is
-// [C_out, C_in / groups, R]. `ranks`: functions that are written at least.
+// [C_out, C_in / groups, R]. Written are a multiple of `pack` functions.
 PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool transposed,
-                             int out_tile_multiple, Workspace& workspace, int ranks = 1) {
+                             int out_tile_multiple, Workspace& workspace, int pack = 1) {
   PrepareArguments p = {};
   p.groups = static_cast<int>(groups);
   if (!coefficients) return p;
@@ -202,7 +203,7 @@ PrepareArguments preparation(const Tensor* coefficients, int64_t groups, bool tr
   p.rank = static_cast<int>(coefficients->size(2));
   p.out_tiles = ceil_div(p.out_channels, 16 * out_tile_multiple) * out_tile_multiple;
   const int64_t tiles =
-      groups * ceil_div(p.in_channels, 16) * std::max(p.rank, ranks) * p.out_tiles;
+      groups * ceil_div(p.in_channels, 16) * ceil_div(p.rank, pack) * pack * p.out_tiles;
   p.packed = workspace.take("coefficients", tiles);
   return p;
 }
@@ -232,7 +233,8 @@ void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
 void add_core_bands(PrepareArguments& p, const Lattice& map, const Choice& choice, const Tensor& basis,
                     Workspace& workspace) {
   add_basis(p, map, basis);
-  p.bands = workspace.take("bands", static_cast<int64_t>(choice.slice) * choice.ranks);
+  const int64_t ranks = ceil_div(p.rank, choice.ranks) * choice.ranks;
+  p.bands = workspace.take("bands", ranks * choice.slice);
 }
 
 void check_prepare_cores(Number number, const Lattice& map, const Choice& choice, const PrepareArguments& p,

@@ -247,12 +247,12 @@ Status launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpAr
                                       tap_blocks, band_lanes, coefficient_lanes);
 }
 
-// Sizes of the operands in cores.
+// Sizes of the operands in cores. `ranks`: functions of all packs, the last ones zero.
 struct Cores {
-  int ranks, steps, patch_width;
+  int pack, ranks, steps, patch_width;
 };
 
-// The eight numbers of row `index` of the bands [steps, 2, ranks, 16 t]; a warp's are of one function.
+// The eight numbers of row `index` of the bands [packs, steps, 2, pack, 16 t]; a warp's are of one function.
 template <class N>
 __device__ void write_band_row(const Lattice& map, const PrepareArguments& p, const Cores& cores,
                                int64_t index) {
@@ -280,7 +280,8 @@ __device__ void write_band_row(const Lattice& map, const PrepareArguments& p, co
     const float phi = meets ? p.basis[static_cast<int64_t>(rank) * map.taps() + h * width.kernel + w] : 0.0f;
     row.e[e] = ptx::from_float<Element>(phi * factor);
   }
-  const int64_t at = (static_cast<int64_t>(step * 2 + half) * cores.ranks + rank) * 16 + t;
+  const int64_t slice = (static_cast<int64_t>(rank / cores.pack) * cores.steps + step) * 2 + half;
+  const int64_t at = (slice * cores.pack + rank % cores.pack) * 16 + t;
   static_cast<Row*>(p.bands)[at] = row;
 }
 
@@ -329,9 +330,7 @@ __global__ __launch_bounds__(kThreads) void prepare_cores_kernel(
 template <class N>
 Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const Cores& cores,
                             cudaStream_t stream) {
-  if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % 16 != 0 || p.rank > cores.ranks) {
-    return kUnknownPlan;
-  }
+  if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % 16 != 0) return kUnknownPlan;
   const int64_t band_rows = p.bands ? static_cast<int64_t>(cores.steps) * 2 * cores.ranks * 16 : 0;
   const int64_t coefficient_rows =
       static_cast<int64_t>(p.in_channels / 16) * cores.ranks * 2 * p.out_channels;
@@ -342,9 +341,9 @@ Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const
 
 }  // namespace
 
-Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& p, int ranks, int steps,
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& p, int pack, int steps,
                      int patch_width, cudaStream_t stream) {
-  const Cores cores = {ranks, steps, patch_width};
+  const Cores cores = {pack, ceil_div(p.rank, pack) * pack, steps, patch_width};
   if (number == Number::kHalf) return launch_prepare_cores<Half<__half>>(map, p, cores, stream);
   if (number == Number::kBfloat16) return launch_prepare_cores<Half<__nv_bfloat16>>(map, p, cores, stream);
   return kUnknownPlan;

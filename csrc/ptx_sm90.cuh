@@ -151,6 +151,12 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// `value`, of which the compiler knows nothing: what is worked out from it, it works out again at every call rather
+// than keep it in registers.
+__device__ __forceinline__ uint64_t unknown(uint64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
 // Lest the compiler move a use of these registers to before the wait that precedes this call.
 template <int kCount>
 __device__ __forceinline__ void keep(float (&d)[kCount]) {

@@ -15,9 +15,9 @@
 
 namespace hyperconv {
 
-constexpr int kRanks = 5;            // basis functions, the last ones zero where there are fewer
+constexpr int kRanks = 5;  // basis functions of a pack; of the last one, zeros where there are fewer
 constexpr int kColumns = 16 * kRanks;
-constexpr int kBandStep = 16 * kColumns * 2;  // bytes of the bands for 16 positions of the patch
+constexpr int kBandStep = 16 * kColumns * 2;  // bytes of a pack's bands for 16 positions of the patch
 constexpr int kSide = 8;                      // outputs of a square, along both axes
 constexpr int kSquareUnits = 4;               // of 16 outputs
 constexpr int kBox = 64;                      // channels of a copy: 128 bytes
@@ -25,6 +25,8 @@ constexpr int kGroups = 2;                    // warpgroups that multiply, besid
 constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kAlignment = 1024;  // of what is swizzled, in shared memory
 constexpr int kSharedBytes = 227 * 1024;
+
+constexpr int packs_of(int rank) { return ceil_div(rank, kRanks); }
 
 // A unit of 16 outputs, kHeight x kWidth; the patch is laid out kPatchWidth wide, in kSteps times 16 positions;
 // the halo of a square in kHaloHeight rows of kPitch positions, a multiple of eight, for the swizzle of a
@@ -166,7 +168,7 @@ __device__ __forceinline__ void load_patch(uint32_t (&patch)[S::kSteps][4], uint
   for (int j = 0; j < S::kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kPatchStep<S>);
 }
 
-// The right operand of the functions from `first` on, of bands at this address.
+// The right operand of the functions from `first` on, of a pack's bands at this address.
 __device__ __forceinline__ uint64_t band_descriptor(uint32_t bands, int first = 0) {
   return ptx::core_descriptor(bands + first * kUnit * 16, kColumns / 8 * 128);
 }

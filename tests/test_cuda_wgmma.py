@@ -73,6 +73,15 @@ CASES = [
     Case((1, 6), 128, (9, 20), rank=4, padding=2),  # a kernel smaller than its shape
     Case((11, 2), 64, (18, 11), rank=2, padding=5),
     Case((5, 5), 64, (9, 16), padding=6),  # outputs that read nothing but zeros
+    # Two packs of functions: all of A in shared memory at 5x5 and 64 channels alone, y staged in the halos at
+    # 11x11 and 128 alone.
+    *(
+        Case((k, k), c, (17, 11), rank=rank, padding=k // 2)
+        for k, c, rank in ((5, 64, 6), (5, 128, 8), (7, 64, 9), (7, 128, 10), (11, 64, 8), (11, 128, 9))
+    ),
+    Case((7, 7), 64, (7, 7), rank=9, bias=False),
+    Case((7, 7), 64, (33, 25), 2, rank=10, padding=3),
+    Case((1, 11), 128, (19, 25), 3, rank=6, padding=5),
 ]
 
 
@@ -126,9 +135,10 @@ def test_the_basis_of_an_mlp(dtype: torch.dtype, device, poisoned) -> None:
 
 
 @runs
-def test_overflow_of_z_in_float16(device, poisoned) -> None:
+@pytest.mark.parametrize("rank", [5, 9])
+def test_overflow_of_z_in_float16(rank: int, device, poisoned) -> None:
     """phi is scaled by a power of two, A against it: |z| stays below the largest input."""
-    case = Case((7, 7), 64, (9, 9), padding=3, bias=False)
+    case = Case((7, 7), 64, (9, 9), rank=rank, padding=3, bias=False)
     input, coefficients, basis, _ = draw(case, torch.float16, device)
     basis, coefficients = basis * 2.0**14, coefficients * 2.0**-12
     options = {"padding": 3, "backend": "cuda", "algorithm": "wgmma"}
@@ -178,6 +188,15 @@ GRADIENTS = [
     *(Gradient(op, (7, 7), (64, 128), (19, 25), 2, 4) for op in (COEFF, BASIS)),
     Gradient(COEFF, (1, 6), (192, 64), (9, 20), 1, 3, 2, 20),
     Gradient(BASIS, (1, 5), (192, 128), (9, 20), 1, 3, 2, 20),
+    # Several packs of functions, the last one full and not.
+    *(
+        Gradient(op, (k, k), rank=rank, padding=k // 2)
+        for op in (COEFF, BASIS)
+        for k, rank in ((5, 6), (7, 9), (11, 10))
+    ),
+    *(Gradient(op, (7, 7), (64, 128), (9, 14), 2, 17, 3, 9) for op in (COEFF, BASIS)),
+    Gradient(COEFF, (3, 3), (128, 128), (9, 20), 1, 8, 1, 40),
+    Gradient(BASIS, (3, 3), (192, 128), (9, 20), 1, 33, 1, 60),
 ]
 
 
@@ -227,9 +246,10 @@ def test_a_gradient_equals_the_oracle(case, dtype, deterministic: bool, device, 
 
 
 @runs
-def test_overflow_of_u_in_float16(device, poisoned) -> None:
+@pytest.mark.parametrize("rank", [5, 9])
+def test_overflow_of_u_in_float16(rank: int, device, poisoned) -> None:
     """A is scaled by a power of two: |u| stays below the largest gradient."""
-    case = Gradient(BASIS, (7, 7), size=(9, 9))
+    case = Gradient(BASIS, (7, 7), size=(9, 9), rank=rank)
     grad, input, coefficients = draw_gradient(case, torch.float16, device)
     operands = (grad, input * 2.0**-4, coefficients * 2.0**13)
     truth = true_gradient(case, *(operand.double() for operand in operands))
@@ -237,9 +257,10 @@ def test_overflow_of_u_in_float16(device, poisoned) -> None:
 
 
 @runs
-def test_the_gradients_of_a_layer(device, poisoned) -> None:
+@pytest.mark.parametrize("rank", [5, 9])
+def test_the_gradients_of_a_layer(rank: int, device, poisoned) -> None:
     """The algorithm that is named computes the backward pass, too."""
-    case = Case((7, 7), 64, (10, 9), padding=3)
+    case = Case((7, 7), 64, (10, 9), rank=rank, padding=3)
     input, coefficients, basis, bias = draw(case, torch.bfloat16, device)
     operands = tuple(operand.requires_grad_() for operand in (input, coefficients, basis, bias))
 
@@ -270,6 +291,8 @@ def _geometry(kernel=(7, 7), stride=(1, 1), dilation=(1, 1), groups=1) -> Geomet
 
 
 REFUSED = [
+    ({"rank": 11}, "it takes up to 10 basis functions, not 11"),
+    ({"op": "basis_conv_bwd_input", "rank": 11}, "it takes up to 10 basis functions, not 11"),
     (
         {"op": "basis_conv_bwd_coeff", "out_channels": 96},
         "it takes multiples of 64 channels in and out, not 64 and 96",
@@ -289,7 +312,6 @@ REFUSED = [
     ({"geometry": _geometry(groups=2)}, "it takes stride 1, dilation 1 and one group"),
     ({"in_channels": 128}, "it takes 64 or 128 channels in and as many out, not 128 and 64"),
     ({"in_channels": 32, "out_channels": 32}, "it takes 64 or 128 channels in"),
-    ({"rank": 6}, "it takes up to 5 basis functions, not 6"),
     ({"geometry": _geometry((7, 13))}, "it takes kernels up to 11 along an axis"),
     ({"aligned": False}, "its activations must be channels last"),
     ({"batch": 2**28}, "squares of outputs are more than"),

@@ -76,6 +76,7 @@ template <int kPending>
 void wgmma_wait(HYPERCONV_CALLER) {
   hyperconv_host::wgmma_wait(kPending, {file, line});
 }
+inline uint64_t unknown(uint64_t value) { return value; }
 template <int kCount>
 void keep(float (&)[kCount]) {}
 

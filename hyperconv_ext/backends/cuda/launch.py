@@ -55,8 +55,9 @@ def _fixed_of(plan: Plan) -> _Fixed:
     sizes = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
     choice = (*sizes, tile.shared_bytes, tile.patch_width)
     rank = problem.rank
-    if tile.patch_width:  # by `wgmma`: all its functions, one set of bands
-        bands, rank, pieces = tile.slice, kernel.ranks, wgmma.basis_pieces(problem)
+    if tile.patch_width:  # by `wgmma`: functions in packs, one set of bands
+        bands, pieces = tile.slice, wgmma.basis_pieces(problem)
+        rank = -(-rank // kernel.ranks) * kernel.ranks
     if gathers:
         bands = 0
     count, atomic = (wgmma if tile.patch_width else tiles).shares(problem, tile)

@@ -13,7 +13,8 @@ from ..shares import basis_shares, coefficient_shares
 from .tiles import Family, Kernel, Tile, channels
 
 CAPABILITY = 90
-RANKS = 5
+RANKS = 5  # functions of a pack
+PACKS = 2  # of a convolution; of a gradient, any number
 CHANNELS = (64, 128)  # in, and as many out, of a convolution; out, of the gradient of phi
 _SIDE = 8  # outputs along both axes of a square
 _UNITS = 4  # of a square
@@ -21,7 +22,7 @@ _GROUPS = 2  # warpgroups that multiply
 _ROWS = 64  # of a warpgroup's products
 _BOX = 64  # channels of a copy
 _PART = 32  # channels of u together
-_ALIGNMENT, _SHARED = 1024, 227 * 1024
+_ALIGNMENT, _BARRIERS, _SHARED = 1024, 128, 227 * 1024  # bytes
 
 
 class Shape(NamedTuple):
@@ -44,7 +45,7 @@ class Shape(NamedTuple):
 
     @property
     def band_bytes(self) -> int:
-        """Of all functions."""
+        """Of a pack."""
         return self.steps * RANKS * 16 * 32
 
 
@@ -69,7 +70,7 @@ def reason(problem: Problem) -> str:
             f"not {geometry.stride}, {geometry.dilation} and {geometry.groups}",
         ),
         _channels_fit(problem),
-        (problem.rank <= RANKS, f"it takes up to {RANKS} basis functions, not {problem.rank}"),
+        _ranks_fit(problem),
         _kernel_fits(problem),
         (
             problem.aligned,
@@ -78,6 +79,12 @@ def reason(problem: Problem) -> str:
         (squares < 2**31, f"{squares} squares of outputs are more than 2**31 - 1; split the batch"),
     )
     return next((why for fits, why in rows if not fits), "")
+
+
+def _ranks_fit(problem: Problem) -> tuple[bool, str]:
+    convolves = problem.op in ("basis_conv_fwd", "basis_conv_bwd_input")
+    why = f"it takes up to {PACKS * RANKS} basis functions, not {problem.rank}"
+    return not convolves or _packs(problem) <= PACKS, why
 
 
 def _kernel_fits(problem: Problem) -> tuple[bool, str]:
@@ -111,21 +118,41 @@ def _squares(problem: Problem) -> int:
     return problem.batch * prod(-(-extent // _SIDE) for extent in size)
 
 
-def _block_bytes(size: int) -> int:
-    """Of A for 16 input channels."""
+def _packs(problem: Problem) -> int:
+    """Of its functions, the last one filled up by zeros."""
+    return -(-problem.rank // RANKS)
+
+
+def _item_bytes(size: int) -> int:
+    """Of A for 16 input channels and a pack."""
     return RANKS * 16 * size * 2
 
 
-def _convolution(shape: Shape, size: int) -> Tile:
-    """`Layout` in csrc/basis_conv_sm90.cu."""
-    resident = size == _BOX
-    stages = 1 if shape.halo_bytes > _LARGE_HALO else 2  # of each consumer
-    ring = 1 if resident else stages + 1
-    weights = (size // 16 if resident else ring) * _block_bytes(size)
-    staged = _GROUPS * (stages * shape.halo_bytes + _SIDE**2 * size * 2)
+class _Layout(NamedTuple):
+    """That of csrc/basis_conv_sm90.cu: halos of each consumer, whether all of A is there, bytes."""
+
+    stages: int
+    resident: bool
+    shared_bytes: int
+
+
+def _layout(shape: Shape, size: int, packs: int) -> _Layout:
+    stages = 1 if shape.halo_bytes > _LARGE_HALO else 2
+    items, item, limit = size // 16 * packs, _item_bytes(size), _SHARED - _ALIGNMENT - _BARRIERS
+    used = _GROUPS * stages * shape.halo_bytes + packs * shape.band_bytes
+    staged = _GROUPS * _SIDE**2 * size * 2
+    if (limit - used - staged) // item >= 2:  # else y is staged in the halos
+        used += staged
+    resident = (limit - used) // item >= items
+    ring = 1 if resident else min((limit - used) // item, 3)
+    used += (items if resident else ring) * item
     barriers = 8 * (1 + 2 * _GROUPS * stages + 2 * ring)
-    shared = staged + shape.band_bytes + weights + barriers + _ALIGNMENT
-    return _tile("basis_conv_sm90", size, shape, stages, shared)
+    return _Layout(stages, resident, used + barriers + _ALIGNMENT)
+
+
+def _convolution(shape: Shape, size: int, packs: int) -> Tile:
+    layout = _layout(shape, size, packs)
+    return _tile("basis_conv_sm90", size, shape, layout.stages, layout.shared_bytes)
 
 
 def _coefficients(shape: Shape) -> Tile:
@@ -174,7 +201,7 @@ def tile_of(problem: Problem, shape: Shape) -> Tile:
         return _coefficients(shape)
     if problem.op == "basis_conv_bwd_basis":
         return _basis(shape, problem.out_channels)
-    return _convolution(shape, channels(problem)[0])
+    return _convolution(shape, channels(problem)[0], _packs(problem))
 
 
 def choose(problem: Problem) -> tuple[Tile, float]:
@@ -189,9 +216,8 @@ def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
     if tile.kernel.family == "basis_conv_sm90":
         return 1, False
     if tile.kernel.family == "basis_gradient_sm90":
-        programs = basis_pieces(problem)
-        rounds = -(-_squares(problem) // _GROUPS)
-        return basis_shares(problem, programs, rounds, programs, alone=True)
+        pieces, rounds = basis_pieces(problem), -(-_squares(problem) // _GROUPS)
+        return basis_shares(problem, pieces * _packs(problem), rounds, pieces, alone=True)
     return coefficient_shares(problem, _programs(problem), _squares(problem), alone=True)
 
 
@@ -202,7 +228,7 @@ def basis_pieces(problem: Problem) -> int:
 
 def _programs(problem: Problem) -> int:
     """Blocks of a share of the gradient of A."""
-    return problem.in_channels // _BOX * (problem.out_channels // _BOX)
+    return problem.in_channels // _BOX * (problem.out_channels // _BOX) * _packs(problem)
 
 
 def works(problem: Problem, tile: Tile) -> list[Work]:
@@ -216,19 +242,19 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
 
 
 def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
-    size, steps = channels(problem)[0], shape.steps
+    size, steps, packs = channels(problem)[0], shape.steps, _packs(problem)
     blocks_i, columns = size // 16, 16 * RANKS
     squares = _squares(problem)
     blocks = min(problem.device.processors, -(-squares // _GROUPS))
     busiest = _GROUPS * -(-squares // (_GROUPS * blocks))  # squares of a block
-    products = blocks_i * 16 * _ROWS * (steps * columns + RANKS * size)
-    streamed = 0 if size == _BOX else blocks_i * _block_bytes(size) // _GROUPS
+    products = blocks_i * packs * 16 * _ROWS * (steps * columns + RANKS * size)
+    packed = blocks_i * packs * _item_bytes(size)
+    streamed = 0 if _layout(shape, size, packs).resident else packed // _GROUPS
     halo = prod(shape.halo) * 2 * size
     out = _SIDE**2 * size * 2
     # Patches by ldmatrix, and the right operands; what the copy engine writes and reads.
-    read = blocks_i * 32 * (steps * (_ROWS + columns) + RANKS * size)
-    packed = blocks_i * _block_bytes(size)
-    before, dram, after = cost.around(problem, shape.band_bytes, packed, 1, False)
+    read = blocks_i * 32 * (steps * _ROWS + packs * (steps * columns + RANKS * size))
+    before, dram, after = cost.around(problem, packs * shape.band_bytes, packed, 1, False)
     main = Work(
         number="half",
         library=True,  # wgmma's rate
@@ -239,7 +265,7 @@ def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
         products=products * busiest,
         shared=busiest * (read + halo + streamed + 2 * out),
         cache=busiest * (halo + streamed + out),
-        steps=busiest // _GROUPS * blocks_i,
+        steps=busiest // _GROUPS * blocks_i * packs,
     )
     return [before, main, *after]
 
@@ -252,7 +278,8 @@ def _coefficient_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]
     products = _UNITS * 16 * _ROWS * (steps * columns + RANKS * _BOX)
     # The patch by ldmatrix for either warpgroup, and the right operands.
     read = _UNITS * 32 * (steps * (_GROUPS * _ROWS + columns) + RANKS * _BOX)
-    before, dram, after = cost.around(problem, shape.band_bytes, 0, count, atomic)
+    bands = _packs(problem) * shape.band_bytes
+    before, dram, after = cost.around(problem, bands, 0, count, atomic)
     main = Work(
         number="half",
         library=True,
@@ -271,7 +298,7 @@ def _coefficient_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]
 def _basis_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
     size, columns, squares = problem.out_channels, 16 * RANKS, _squares(problem)
     count, atomic = shares(problem, tile)
-    pieces = basis_pieces(problem)
+    pieces, packs = basis_pieces(problem), _packs(problem)
     busiest = _GROUPS * -(-squares // (_GROUPS * count))
     rows = _ROWS * -(-shape.steps // 4)  # positions of the patch
     products = _ROWS * _BOX * RANKS * size + _UNITS * rows * _BOX * columns
@@ -279,14 +306,14 @@ def _basis_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
     gathered = 2 * (_BOX // _PART * _ROWS * size + RANKS * size * _BOX) + _BOX * _part_bytes()
     read = gathered + _UNITS * 2 * _BOX * rows // _ROWS * (_ROWS + columns)
     stage = _stage_bytes(shape, size)
-    packed = size // 16 * _block_bytes(problem.in_channels)
+    packed = size // 16 * packs * _item_bytes(problem.in_channels)
     before, dram, after = cost.around(problem, 0, packed, count * pieces, atomic)
     main = Work(
         number="half",
         library=True,
-        multiply_adds=products * squares * pieces,
+        multiply_adds=products * squares * pieces * packs,
         dram=dram,
-        blocks=pieces * count,
+        blocks=pieces * packs * count,
         warps=4 * _GROUPS,
         products=products * busiest,
         shared=busiest * (read + stage),
