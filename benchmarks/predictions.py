@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,9 @@ FILE = Path(__file__).resolve().parent / "results" / "predicted" / "hopper.md"
 PASSES = dict(zip(OPS, ("y", "∂x", "∂A", "∂φ"), strict=True))
 
 
-def _shapes() -> Iterable[Shape]:
-    return sorted(
-        (shape for shape in shapes.RESNET if shape.in_channels in (64, 128)),
-        key=lambda shape: (shape.in_channels, shape.kernel_size),
-    )
+def _shapes(features: int) -> list[Shape]:
+    found = (replace(s, num_features=features) for s in shapes.RESNET if s.in_channels in (64, 128))
+    return sorted(found, key=lambda shape: (shape.in_channels, shape.kernel_size))
 
 
 def _candidates(shape: Shape, op: Any) -> dict[str, list[cost.Work]]:
@@ -54,12 +53,12 @@ def dense_seconds(shape: Shape, efficiency: float) -> float:
     return multiply_adds / (efficiency * peak)
 
 
-def by_resource() -> tables.Table:
+def by_resource(chosen: Iterable[Shape]) -> tables.Table:
     """A line for each shape, pass and algorithm: thousands of clocks by resource, and microseconds."""
     dense = (f"dense at {efficiency:.0%}, µs" for efficiency in EFFICIENCIES)
     lines = [["layer", "k", "pass", "algorithm", *cost.Parts._fields, "estimate, µs", *dense]]
     clock = figures(H200).clock
-    for shape in _shapes():
+    for shape in chosen:
         for op, name in PASSES.items():
             for algorithm, works in _candidates(shape, op).items():
                 parts = [sum(part) for part in zip(*(cost.parts(w, H200) for w in works), strict=True)]
@@ -74,7 +73,7 @@ def ratios() -> tables.Table:
     """Times faster than a dense convolution at either efficiency, of the quickest algorithms."""
     lines = [["layer", "N", "k", "forward", "forward + backward"]]
     for features in (4, 8):
-        for shape in (replace(shape, num_features=features) for shape in _shapes()):
+        for shape in _shapes(features):
             best = [
                 min(cost.seconds(works, H200) for works in _candidates(shape, op).values()) for op in OPS
             ]
@@ -96,7 +95,7 @@ Latency is in it as a guess. It ranks on one machine; take no ratio here for a s
 
 bfloat16, channels last, cold caches. A dense convolution is given 60 or 75% of the tensor cores' peak,
 and nothing for memory and launches. `basis`: the kernels of every generation, by mma.sync; `wgmma`:
-Hopper's own, which take N = 4 at most.
+Hopper's own, which take functions in packs of five: one at N = 4, two at N = 8.
 
 ## Times faster
 
@@ -105,24 +104,30 @@ there on.
 
 {ratios}
 
-## Clocks by resource, N = 4
+## Clocks by resource
 
 Thousands of clocks of the busiest multiprocessor, all launches of a pass together: `products`, of the
 tensor cores and what is scalar; `shared`, bytes through shared memory; `cache`, from and to L2; `waits`,
 for the loads of a step; `dram`, of all multiprocessors. The slowest decides, and a quarter of the others
-is added, and the launches.
+is added, and the launches. First N = 4:
 
-{resources}
+{resources_4}
+
+N = 8 where it is the default:
+
+{resources_8}
 """
 
 
 def text() -> str:
     """The page, a function of the model alone."""
+    large = [shape for shape in _shapes(8) if prod(shape.kernel_size) >= 49]
     return _PAGE.format(
         processors=H200.processors,
         clock=figures(H200).clock / 1e9,
         ratios="\n".join(tables.markdown(ratios(), labels=3)),
-        resources="\n".join(tables.markdown(by_resource(), labels=4)),
+        resources_4="\n".join(tables.markdown(by_resource(_shapes(4)), labels=4)),
+        resources_8="\n".join(tables.markdown(by_resource(large), labels=4)),
     )
 
 

@@ -26,7 +26,7 @@ constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kAlignment = 1024;  // of what is swizzled, in shared memory
 constexpr int kSharedBytes = 227 * 1024;
 
-constexpr int packs_of(int rank) { return ceil_div(rank, kRanks); }
+__host__ __device__ constexpr int packs_of(int rank) { return ceil_div(rank, kRanks); }
 
 // A unit of 16 outputs, kHeight x kWidth; the patch is laid out kPatchWidth wide, in kSteps times 16 positions;
 // the halo of a square in kHaloHeight rows of kPitch positions, a multiple of eight, for the swizzle of a
