@@ -74,8 +74,8 @@ CASES = [
     Case((1, 6), 128, (9, 20), rank=4, padding=2),  # a kernel smaller than its shape
     Case((11, 2), 64, (18, 11), rank=2, padding=5),
     Case((5, 5), 64, (9, 16), padding=6),  # outputs that read nothing but zeros
-    # Two packs of functions: all of A in shared memory at 5x5 and 64 channels alone, y staged in the halos
-    # at 11x11 and 128 alone.
+    # Two packs of functions: all of A in shared memory at 5x5 and 64 channels alone, y staged in the
+    # halos at 11x11 and 128 alone.
     *(
         Case((k, k), c, (17, 11), rank=rank, padding=k // 2)
         for k, c, rank in ((5, 64, 6), (5, 128, 8), (7, 64, 9), (7, 128, 10), (11, 64, 8), (11, 128, 9))
@@ -447,8 +447,8 @@ _CALL = re.compile(
 LIMIT = 2.0**-7
 
 
-# Of one and of two packs of functions: blocks with several rounds of work, A resident and streamed; and y
-# staged in the halos.
+# Of one and of two packs of functions: blocks with several rounds of work, A resident and streamed; and
+# y staged in the halos.
 CONVOLVED = {
     5: (Case((7, 7), 64, (19, 13), 5, padding=3), Case((7, 7), 128, (19, 13), 3, padding=3)),
     9: (
