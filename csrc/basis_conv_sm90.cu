@@ -5,7 +5,8 @@
 //   z' [16 channels, 5 x 16 outputs] = x' [16 channels, patch] bands' [patch, 80]    (16 positions at a time)
 //   y [16 outputs, out]             += z_r [16 outputs, 16 channels] A_r [16, out]
 //
-// for a pack of five functions after another: these and 16 channels are an item.
+// for one pack of functions after another, five and, of the second one, four or five: these and 16 channels are an
+// item.
 //
 // The channels are the rows of the first product, so that its left operand is the patch: of another unit in
 // every warp, while all of them share the bands. movmatrix turns z' into the left operand of the second product
@@ -34,8 +35,9 @@ constexpr int room(int bytes, int piece) {
 }
 
 // Bytes of shared memory: halos and staged outputs first, whose swizzle wants multiples of 1024.
-template <class S, int kC, int kPacks>
+template <class S, int kC, int kFunctions>
 struct Layout {
+  static constexpr int kPacks = packs_of(kFunctions), kLast = kFunctions - (kPacks - 1) * kRanks;
   static constexpr int kItems = kC / 16 * kPacks, kItemBytes = kRanks * 16 * kC * 2;
   static constexpr int kStages = S::kHaloBytes > 32 * 1024 ? 1 : 2;  // halos of a consumer
   static constexpr int kHalos = kGroups * kStages * S::kHaloBytes;
@@ -60,9 +62,10 @@ struct Layout {
   static_assert(!kInHalo || (kStages == 1 && 4 * kOutBytes <= S::kHaloBytes && kRing <= kPacks + 1));
 };
 
-template <typename T, class S, int kC, int kPacks>
+template <typename T, class S, int kC, int kFunctions>
 class BasisConv {
-  using L = Layout<S, kC, kPacks>;
+  using L = Layout<S, kC, kFunctions>;
+  static constexpr int kPacks = L::kPacks;
 
  public:
   __device__ __forceinline__ BasisConv(const CUtensorMap* x, const CUtensorMap* y, const Parameters& p)
@@ -146,33 +149,48 @@ class BasisConv {
     const uint64_t weights = ptx::core_descriptor(base_ + L::kWeights, kC / 8 * 128);
 
     uint32_t patch[S::kSteps][4], left[2][kRanks][4];
-    float z[kColumns / 2], y[kC / 2];
+    float z[kColumns / 2], last[kUnit * L::kLast / 2], y[kC / 2];
     Ring<L::kStages> stage(0);
     Ring<L::kRing> ring(0);
     int released = 0;  // of the ring, next
 
-    const auto begin = [&](int pack) {
-      form<T, S, kColumns>(z, patch, ptx::unknown(bands + pack * (S::kBandBytes >> 4)));
+    // Calls use(z' of this item, its functions). Where the last pack is narrower, it has registers of its own: ptxas
+    // serialises products that share some of them (C7511).
+    const auto with_z = [&](int item, const auto& use) {
+      if (L::kLast == kRanks || item % kPacks + 1 < kPacks) {
+        use(z, std::integral_constant<int, kRanks>{});
+      } else {
+        use(last, std::integral_constant<int, L::kLast>{});
+      }
+    };
+    const auto begin = [&](int item) {
+      const uint64_t right = kPacks == 1 ? bands : ptx::unknown(bands + item % kPacks * (S::kBandBytes >> 4));
+      with_z(item, [&](auto& z, auto count) { form<T, S, kUnit * count.value>(z, patch, right); });
     };
     const auto mix = [&](const uint32_t (&left)[kRanks][4], int item) {
       const int64_t at = (L::kResident ? item : ring.at) * (L::kItemBytes >> 4);
       ptx::wgmma_fence();
+      with_z(item, [&](auto&, auto count) {
 #pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        ptx::Wgmma<T, kC>::multiply(y, left[r], weights + at + r * (16 * kC * 2 >> 4), item + r > 0);
-      }
+        for (int r = 0; r < count.value; ++r) {
+          ptx::Wgmma<T, kC>::multiply(y, left[r], weights + at + r * (16 * kC * 2 >> 4), item + r > 0);
+        }
+      });
       ptx::wgmma_commit();
     };
     // Halves of z' (channels i / 2, outputs i % 2), each transposed.
-    const auto turn = [&](uint32_t (&left)[kRanks][4]) {
+    const auto turn = [&](uint32_t (&left)[kRanks][4], int item) {
+      with_z(item, [&](auto& z, auto count) {
+        ptx::keep(z);
 #pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
+        for (int r = 0; r < count.value; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = z + 4 * (2 * r + i % 2) + 2 * (i / 2);
-          left[r][i] = ptx::movmatrix_trans(ptx::pack<T>(pair[0], pair[1]));
+          for (int i = 0; i < 4; ++i) {
+            const float* pair = z + 4 * (2 * r + i % 2) + 2 * (i / 2);
+            left[r][i] = ptx::movmatrix_trans(ptx::pack<T>(pair[0], pair[1]));
+          }
         }
-      }
+      });
     };
     const auto release = [&] {
       if constexpr (!L::kResident) {
@@ -196,9 +214,8 @@ class BasisConv {
         } else {
           ptx::wgmma_wait<1>();
         }
-        ptx::keep(z);
         if (item >= 2) release();  // what y of the last item but one has read
-        turn(left[item % 2]);
+        turn(left[item % 2], item);
         // The first item of the last patch: all of this halo has been read.
         if (item % (kBoxBlocks * kPacks) == (kBoxBlocks - 1) * kPacks) {
           const bool kept = L::kInHalo && item + kPacks == L::kItems;
@@ -206,12 +223,12 @@ class BasisConv {
           stage.advance();
         }
         if (item + 1 < L::kItems) {
-          const int block = (item + 1) / kPacks % kBoxBlocks, pack = (item + 1) % kPacks;
-          if (pack == 0) {
+          const int block = (item + 1) / kPacks % kBoxBlocks;
+          if ((item + 1) % kPacks == 0) {
             if (block == 0) ptx::mbarrier_wait(halo_full(group, stage.at), stage.parity);
             load_patch<S>(patch, (halo(group, stage.at) + row) ^ block << 5);
           }
-          begin(pack);
+          begin(item + 1);
         }
         if constexpr (!L::kResident) ptx::mbarrier_wait(weights_full(ring.at), ring.parity);
         mix(left[item % 2], item);
@@ -273,18 +290,18 @@ class BasisConv {
   const uint32_t base_;
 };
 
-template <typename T, class S, int kC, int kPacks>
+template <typename T, class S, int kC, int kFunctions>
 __global__ __launch_bounds__(kThreads, 1) void basis_conv_sm90_kernel(
     const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap y,
     const __grid_constant__ Parameters p) {
 #if defined(HYPERCONV_HOST_RUNTIME) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  BasisConv<T, S, kC, kPacks>(&x, &y, p).run();
+  BasisConv<T, S, kC, kFunctions>(&x, &y, p).run();
 #endif
 }
 
-template <typename T, class S, int kC, int kPacks>
+template <typename T, class S, int kC, int kFunctions>
 Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cudaStream_t stream) {
-  using L = Layout<S, kC, kPacks>;
+  using L = Layout<S, kC, kFunctions>;
   if (!fits<S>(map, choice, L::kBytes) || a.groups != 1 || a.x.channels != kC || a.y_channels != kC ||
       !a.aligned) {
     return kUnknownPlan;
@@ -300,7 +317,7 @@ Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cud
   status.error = multiprocessors(&processors);
   if (status.error != cudaSuccess) return status;
   const int blocks = std::min(processors, ceil_div(p.squares.count, kGroups));
-  return launch<basis_conv_sm90_kernel<T, S, kC, kPacks>>(blocks, kThreads, L::kBytes, stream, x, y, p);
+  return launch<basis_conv_sm90_kernel<T, S, kC, kFunctions>>(blocks, kThreads, L::kBytes, stream, x, y, p);
 }
 
 }  // namespace
@@ -310,13 +327,16 @@ Status basis_conv_sm90(Number number, const Lattice& map, const Choice& choice, 
   return with_shape(number, choice, [&](auto element, auto shape) -> Status {
     using T = decltype(element);
     using S = decltype(shape);
-    const auto with_packs = [&](auto packs) -> Status {
-      if (choice.out_tiles == 4) return run<T, S, 64, packs>(map, choice, a, stream);
-      if (choice.out_tiles == 8) return run<T, S, 128, packs>(map, choice, a, stream);
+    const auto with = [&](auto functions) -> Status {
+      // There are no registers for z' of another width where the patch and y are largest.
+      constexpr int kWide = std::is_same_v<S, Eleven> && functions == 9 ? 10 : functions;
+      if (choice.out_tiles == 4) return run<T, S, 64, functions>(map, choice, a, stream);
+      if (choice.out_tiles == 8) return run<T, S, 128, kWide>(map, choice, a, stream);
       return kUnknownPlan;
     };
-    if (packs_of(a.rank) == 1) return with_packs(std::integral_constant<int, 1>{});
-    if (packs_of(a.rank) == 2) return with_packs(std::integral_constant<int, 2>{});
+    if (a.rank <= 5) return with(std::integral_constant<int, 5>{});
+    if (a.rank <= 9) return with(std::integral_constant<int, 9>{});
+    if (a.rank <= 10) return with(std::integral_constant<int, 10>{});
     return kUnknownPlan;
   });
 }

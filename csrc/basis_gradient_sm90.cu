@@ -58,13 +58,9 @@ class BasisGradient {
  public:
   __device__ __forceinline__ BasisGradient(const CUtensorMap* x, const CUtensorMap* g, const Parameters& p)
       : x_(x), g_(g), p_(p), base_(aligned_base()) {
-    const int in_blocks = p.in / kBox, in = blockIdx.x % in_blocks, rest = blockIdx.x / in_blocks;
-    const int split = rest / packs_of(p.rank);
-    in_ = in * kBox;
-    first_ = rest % packs_of(p.rank) * kRanks;
-    slice_ = split * in_blocks + in;
+    in_ = blockIdx.x % in_blocks() * kBox;
     const int share = ceil_div(ceil_div(p.squares.count, kGroups), p.splits) * kGroups;
-    begin_ = split * share;
+    begin_ = split() * share;
     end_ = min(begin_ + share, p.squares.count);
   }
 
@@ -83,6 +79,13 @@ class BasisGradient {
   }
 
  private:
+  // A block of [splits, packs, in / 64].
+  __device__ __forceinline__ int in_blocks() const { return p_.in / kBox; }
+  __device__ __forceinline__ int split() const { return blockIdx.x / (in_blocks() * packs_of(p_.rank)); }
+  // The first function of its pack.
+  __device__ __forceinline__ int first() const {
+    return static_cast<int>(blockIdx.x) / in_blocks() % packs_of(p_.rank) * kRanks;
+  }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base_ + L::kBarriers + 8 * i; }
   __device__ __forceinline__ uint32_t constants() const { return barrier(0); }
   __device__ __forceinline__ uint32_t full(int g, int s) const { return barrier(1 + g * L::kStages + s); }
@@ -100,7 +103,7 @@ class BasisGradient {
     constexpr int kRows = kRanks * 2, kRowBytes = kBox * 16;  // of 16 output channels
     ptx::mbarrier_expect(constants(), L::kWeightBytes);
     for (int i = 0; i < kC / 16 * kRows; ++i) {
-      const int64_t row = i / kRows * packs_of(p_.rank) * kRows + 2 * first_ + i % kRows;
+      const int64_t row = i / kRows * packs_of(p_.rank) * kRows + 2 * first() + i % kRows;
       ptx::bulk_load(base_ + L::kWeights + i * kRowBytes,
                      static_cast<const char*>(p_.packed) + (row * p_.in + in_) * 16, kRowBytes, constants());
     }
@@ -231,9 +234,10 @@ class BasisGradient {
     }
     ptx::named_barrier<kCount>(1 + kGroups);  // all sums are there
     const int height = p_.map.axis[1].kernel, width = p_.map.axis[2].kernel, taps = height * width;
-    const int64_t slice = p_.atomic ? 0 : slice_;
-    float* partial = p_.partial + (slice * p_.rank + first_) * taps;
-    for (int i = threadIdx.x - 128; i < min(kRanks, p_.rank - first_) * taps; i += kCount) {
+    const int first = this->first();
+    const int64_t slice = p_.atomic ? 0 : split() * in_blocks() + in_ / kBox;
+    float* partial = p_.partial + (slice * p_.rank + first) * taps;
+    for (int i = threadIdx.x - 128; i < min(kRanks, p_.rank - first) * taps; i += kCount) {
       const int r = i / taps, k = i % taps;
       float value = 0.0f;
       for (int t = 0; t < kUnit; ++t) {
@@ -242,7 +246,7 @@ class BasisGradient {
           value += total[g * L::kTotal + l * kColumns + r * kUnit + t];
         }
       }
-      if constexpr (std::is_same_v<T, __half>) value *= p_.scales[first_ + r];
+      if constexpr (std::is_same_v<T, __half>) value *= p_.scales[first + r];
       if (p_.atomic) {
         atomicAdd(partial + i, value);
       } else {
@@ -254,7 +258,7 @@ class BasisGradient {
   const CUtensorMap *x_, *g_;
   const Parameters& p_;
   const uint32_t base_;
-  int in_, first_, slice_, begin_, end_;  // first_: of the pack's functions
+  int in_, begin_, end_;
 };
 
 template <typename T, class S, int kC>

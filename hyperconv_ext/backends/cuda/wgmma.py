@@ -123,6 +123,13 @@ def _packs(problem: Problem) -> int:
     return -(-problem.rank // RANKS)
 
 
+def _multiplied(shape: Shape, size: int, rank: int) -> int:
+    """Functions that a convolution multiplies: those of full packs, or one less."""
+    if rank <= RANKS or rank > 2 * RANKS - 1 or (shape.largest, size) == (11, 128):
+        return -(-rank // RANKS) * RANKS
+    return 2 * RANKS - 1
+
+
 def _item_bytes(size: int) -> int:
     """Of A for 16 input channels and a pack."""
     return RANKS * 16 * size * 2
@@ -243,17 +250,17 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
 
 def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
     size, steps, packs = channels(problem)[0], shape.steps, _packs(problem)
-    blocks_i, columns = size // 16, 16 * RANKS
+    blocks_i, ranks = size // 16, _multiplied(shape, size, problem.rank)
     squares = _squares(problem)
     blocks = min(problem.device.processors, -(-squares // _GROUPS))
     busiest = _GROUPS * -(-squares // (_GROUPS * blocks))  # squares of a block
-    products = blocks_i * packs * 16 * _ROWS * (steps * columns + RANKS * size)
+    products = blocks_i * 16 * _ROWS * ranks * (steps * 16 + size)
     packed = blocks_i * packs * _item_bytes(size)
     streamed = 0 if _layout(shape, size, packs).resident else packed // _GROUPS
     halo = prod(shape.halo) * 2 * size
     out = _SIDE**2 * size * 2
     # Patches by ldmatrix, and the right operands; what the copy engine writes and reads.
-    read = blocks_i * 32 * (steps * _ROWS + packs * (steps * columns + RANKS * size))
+    read = blocks_i * 32 * (steps * _ROWS + ranks * (steps * 16 + size))
     before, dram, after = cost.around(problem, packs * shape.band_bytes, packed, 1, False)
     main = Work(
         number="half",
