@@ -38,7 +38,8 @@ constexpr int room(int bytes, int piece) {
 template <class S, int kC, int kFunctions>
 struct Layout {
   static constexpr int kPacks = packs_of(kFunctions), kLast = kFunctions - (kPacks - 1) * kRanks;
-  static constexpr int kItems = kC / 16 * kPacks, kItemBytes = kRanks * 16 * kC * 2;
+  static_assert(0 < kLast && kLast <= kRanks);  // functions of the last pack
+  static constexpr int kItems = kC / kBox * kBoxBlocks * kPacks, kItemBytes = kRanks * 16 * kC * 2;
   static constexpr int kStages = S::kHaloBytes > 32 * 1024 ? 1 : 2;  // halos of a consumer
   static constexpr int kHalos = kGroups * kStages * S::kHaloBytes;
   static constexpr int kOutBytes = kUnit * kC * 2;  // of a warp
