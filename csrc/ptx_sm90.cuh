@@ -10,15 +10,15 @@
 namespace hyperconv::ptx {
 
 // What wgmma reads as its right operand [16, N], N the rows: 8x8 cores of 128 consecutive bytes (a row's eight
-// numbers along k, then the next row), no swizzle; `k_stride` bytes between the two cores along k, 128 between
-// those along N.
-__device__ __forceinline__ uint64_t core_descriptor(uint32_t address, int k_stride) {
-  const uint64_t leading = k_stride >> 4, stride = 128 >> 4;
+// numbers along k, then the next row; for Wgmma with `kTransposed` eight along N, then the next along k), no
+// swizzle; `k_stride` bytes between the two cores along k, `n_stride` between those along N.
+__device__ __forceinline__ uint64_t core_descriptor(uint32_t address, int k_stride, int n_stride = 128) {
+  const uint64_t leading = k_stride >> 4, stride = n_stride >> 4;
   return (address & 0x3ffff) >> 4 | leading << 16 | stride << 32;
 }
 
-// The same where a row holds 64 numbers along N, 128 swizzled bytes, and the rows follow each other along k: as
-// the copy engine brings 64 channels of neighbouring outputs, which are k. For Wgmma with `kTransposed`, N = 64,
+// Where a row holds 64 numbers along N, 128 swizzled bytes, and the rows follow each other along k: as the copy
+// engine brings 64 channels of neighbouring outputs, which are k. For Wgmma with `kTransposed`, N = 64,
 // at a multiple of 1024.
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
   const uint64_t unused = 1, stride = 8 * 128 >> 4, by_128_bytes = 1;
@@ -121,6 +121,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t row
 // Four 8x8 matrices: lane l passes the address of row l % 8 of matrix l / 8; s[m]: (row g, columns 2t, 2t + 1).
 __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&s)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(s[0]),
+               "r"(s[1]), "r"(s[2]), "r"(s[3])
+               : "memory");
+}
+// The same of the matrices transposed: the row has what lanes hold of column l % 8.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (&s)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(s[0]),
                "r"(s[1]), "r"(s[2]), "r"(s[3])
                : "memory");
 }

@@ -42,8 +42,8 @@ namespace hyperconv::ptx {
   }
 
 // This warpgroup's d [64, kWidth] (+)= a [64, 16] b [16, kWidth], accumulated in float32; T is __half or
-// __nv_bfloat16, b in shared memory: by core_descriptor(), or by swizzled_descriptor() and `kTransposed`. Warp w
-// of the four has rows 16 w to 16 w + 15: a as in mma_m16n8k16; d[4 i] to d[4 i + 3] are columns 8 i to 8 i + 7,
+// __nv_bfloat16, b in shared memory: by core_descriptor(), or with `kTransposed` by swizzled_descriptor(), too. Warp
+// w of the four has rows 16 w to 16 w + 15: a as in mma_m16n8k16; d[4 i] to d[4 i + 3] are columns 8 i to 8 i + 7,
 // as the c of that one.
 template <typename T, int kWidth, int kTransposed = 0>
 struct Wgmma {

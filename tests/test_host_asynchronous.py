@@ -47,12 +47,14 @@ def aligned(size: int, dtype: type) -> np.ndarray:
 # Products. Warp w of the four holds rows 16 w to 16 w + 15, as m16n8k16 has them.
 
 
-def cores(b: np.ndarray, k_stride: int) -> np.ndarray:
-    """b [16, N] as unswizzled K-major cores: 8 rows (columns of b) of 8 numbers along k."""
+def cores(b: np.ndarray, k_stride: int, n_stride: int, transposed: bool) -> np.ndarray:
+    """b [16, N] as unswizzled 8x8 cores: 8 rows (columns of b) of 8 numbers along k, or along N."""
     memory = aligned(b.shape[1] * 16, np.int16)
     for k in range(16):
         for n in range(b.shape[1]):
-            memory[(k // 8 * k_stride + n // 8 * 128 + n % 8 * 16 + k % 8 * 2) // 2] = b[k, n]
+            inner, outer = (n, k) if transposed else (k, n)
+            place = k // 8 * k_stride + n // 8 * n_stride + outer % 8 * 16 + inner % 8 * 2
+            memory[place // 2] = b[k, n]
     return memory
 
 
@@ -76,12 +78,19 @@ def swizzled_rows(b: np.ndarray) -> np.ndarray:
     return memory
 
 
+# (width, transposed, bytes between cores along k and along N; none of them: swizzled)
+RIGHTS = [
+    *((width, 0, (width * 16, 128)) for width in (32, 48, 64, 80, 128)),
+    *((width, transposed, (128, 256)) for width, transposed in ((80, 0), (64, 1))),
+    (64, 1, (1024, 128)),
+    (64, 1, (0, 0)),
+]
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize(
-    ("width", "transposed"), [(32, 0), (48, 0), (64, 0), (80, 0), (128, 0), (64, 1)]
-)
+@pytest.mark.parametrize(("width", "transposed", "strides"), RIGHTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cuda_wgmma(leaf: Leaf, dtype, width: int, transposed: int, accumulate: bool) -> None:
+def test_cuda_wgmma(leaf: Leaf, dtype, width: int, transposed: int, strides, accumulate: bool) -> None:
     torch.manual_seed(0)
     a, b, d = torch.randn(64, 16).to(dtype), torch.randn(16, width).to(dtype), torch.randn(64, width)
     left = []
@@ -89,12 +98,11 @@ def test_cuda_wgmma(leaf: Leaf, dtype, width: int, transposed: int, accumulate: 
         rows = [16 * warp + G + 8 * (i // 2 % 2) for i in range(8)]
         columns = [2 * T + i % 2 + 8 * (i // 4) for i in range(8)]
         left.append(fragment(a.view(torch.int16).numpy(), rows, columns))
-    k_stride = width // 8 * 128
     lanes, before = sums(d.numpy()), np.zeros((128, width // 2), np.float32)
     bits = b.view(torch.int16).numpy()
-    right = swizzled_rows(bits) if transposed else cores(bits, k_stride)
+    right = cores(bits, *strides, bool(transposed)) if any(strides) else swizzled_rows(bits)
     kind = (int(dtype is torch.float16), width, transposed)
-    leaf.run("wgmma", *kind, np.concatenate(left), right, k_stride, accumulate, lanes, before)
+    leaf.run("wgmma", *kind, np.concatenate(left), right, *strides, accumulate, lanes, before)
     expected = 2 * (a.double() @ b.double()) + (d.double() if accumulate else 0)
     np.testing.assert_allclose(lanes, sums(expected.numpy()), rtol=0, atol=1e-4)
 
@@ -102,7 +110,7 @@ def test_cuda_wgmma(leaf: Leaf, dtype, width: int, transposed: int, accumulate: 
 def test_sums_are_nan_until_waited_for(late: Leaf) -> None:
     zeros = np.zeros((128, 4), np.uint32)
     d, before = np.ones((128, 32), np.float32), np.ones((128, 32), np.float32)
-    late.run("wgmma", 1, 64, 0, zeros, aligned(1024, np.int16), 1024, True, d, before)
+    late.run("wgmma", 1, 64, 0, zeros, aligned(1024, np.int16), 1024, 128, True, d, before)
     assert np.isnan(before).all() and (d == 1).all()
 
 
@@ -120,7 +128,8 @@ def test_movmatrix(leaf: Leaf) -> None:
     assert (turned == pairs(matrix.T)).all()
 
 
-def test_stmatrix(leaf: Leaf) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_stmatrix(leaf: Leaf, transpose: bool) -> None:
     matrices = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8)
     registers = np.zeros((32, 4), np.uint32)
     for m in range(4):
@@ -128,7 +137,9 @@ def test_stmatrix(leaf: Leaf) -> None:
         registers[:, m] = low.astype(np.uint32) | high.astype(np.uint32) << 16
     rows = np.random.default_rng(0).permutation(32).astype(np.int32)
     stored = np.zeros((32, 4), np.uint32)
-    leaf.run("stmatrix", rows, registers, stored)
+    leaf.run("stmatrix", transpose, rows, registers, stored)
+    if transpose:
+        matrices = matrices.transpose(0, 2, 1)
     assert (stored.view(np.uint16)[rows[LANE]] == matrices[LANE // 8, LANE % 8]).all()
 
 
@@ -272,6 +283,7 @@ FAULTS = [
     ("stmatrix_x4 .*: a store has yet to read", BOTH),
     ("stmatrix_x4 .*: a store has yet to read", BOTH),
     ("stmatrix_x4 .*: no __syncwarp", BOTH),
+    ("stmatrix_x4 .*: (no named_barrier|a store has yet to read)", BOTH),
     ("tensor_load .*: a store has yet to read", BOTH),
     ("wgmma .*: no wgmma_fence", BOTH),
     ("exited with 1 groups of wgmma", BOTH),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -29,8 +30,9 @@ struct Chunk {
   uint64_t phase;          // of it
   uint32_t unfenced;       // lanes that have not fenced what their warp has written
   const Warp* writer;
-  int stores;        // that have yet to read them
-  uint64_t read_at;  // the number of __syncwarp() before the wait for the last that did, from 1; 0: none
+  int stores;         // that have yet to read them
+  const Warp* reader;  // that waited for the last that did
+  uint64_t read_at;    // what `synchronized` of it has to be for them to be written again
 };
 
 struct Load {
@@ -51,12 +53,16 @@ struct Store {
 uint32_t window;  // where shared memory begins
 std::map<uint32_t, Barrier> barriers;
 std::map<int, Barrier> named_barriers;  // by number
+std::map<int, std::set<const Warp*>> arrived;  // at each of these
 std::vector<Chunk> chunks;
 std::vector<std::unique_ptr<Load>> loads;
 std::map<const Thread*, std::vector<Store>> stores;
 // Phases of a barrier that a thread knows to be complete.
 std::map<std::pair<const Thread*, const Barrier*>, uint64_t> known;
+// How often a warp passed a __syncwarp() or a named barrier; and that number of the second warp when both last
+// passed the same one.
 std::map<const Warp*, uint64_t> synchronized;
+std::map<std::pair<const Warp*, const Warp*>, uint64_t> met;
 
 Chunk& chunk_at(const void* pointer) {
   return chunks[(static_cast<const unsigned char*>(pointer) - block.shared) / kChunk];
@@ -130,7 +136,7 @@ void start(const char* function, Pieces pieces, uint32_t address) {
   for (const auto& [shared, global] : pieces) {
     Chunk& chunk = chunk_at(shared);
     if (chunk.stores != 0) fail_at(self, function, "a store has yet to read what this overwrites");
-    chunk = {&barrier, barrier.phase, 0, nullptr, 0, 0};
+    chunk = {&barrier, barrier.phase, 0, nullptr, 0, nullptr, 0};
     std::memset(shared, 0xff, kChunk);
   }
   auto load = std::make_unique<Load>();
@@ -203,6 +209,8 @@ void begin_block() {
   stores.clear();
   known.clear();
   synchronized.clear();
+  met.clear();
+  arrived.clear();
   begin_block_products();
 }
 
@@ -266,10 +274,13 @@ void check_landed(const Thread& lane, const char* function, const void* pointer)
 void check_overwritable(const Warp& warp, const Thread& lane, const char* function, void* pointer) {
   Chunk& chunk = chunk_at(pointer);
   if (chunk.stores != 0) fail_at(lane, function, "a store has yet to read what this overwrites");
-  if (chunk.read_at == synchronized[&warp] + 1) {
+  if (chunk.reader == &warp && synchronized[&warp] < chunk.read_at) {
     fail_at(lane, function, "no __syncwarp() since a lane waited for the store that reads this");
   }
-  chunk = {nullptr, 0, 0xffffffffu, &warp, 0, 0};
+  if (chunk.reader != &warp && met[{&warp, chunk.reader}] < chunk.read_at) {
+    fail_at(lane, function, "no named_barrier() since another warp waited for the store that reads this");
+  }
+  chunk = {nullptr, 0, 0xffffffffu, &warp, 0, nullptr, 0};
 }
 
 uint32_t shared_address(const void* pointer) {
@@ -329,7 +340,15 @@ void named_barrier(int id, int threads, Site site) {
     fail_at(self, "named_barrier", text(threads, " threads where others expect ", barrier.count));
   }
   const uint32_t parity = barrier.phase & 1;
-  --barrier.pending;
+  std::set<const Warp*>& warps = arrived[id];
+  warps.insert(block.warp);
+  if (--barrier.pending == 0) {
+    for (const Warp* warp : warps) ++synchronized[warp];
+    for (const Warp* one : warps) {
+      for (const Warp* other : warps) met[{one, other}] = synchronized[other];
+    }
+    warps.clear();
+  }
   complete_if_done(barrier, "named_barrier");
   if ((barrier.phase & 1) == parity) wait_for(barrier, parity);
 }
@@ -396,6 +415,7 @@ void store_wait(bool, Site site) {
       perform(*store);
     }
     for (const auto& piece : store->pieces) {
+      chunk_at(piece.first).reader = block.warp;
       chunk_at(piece.first).read_at = synchronized[block.warp] + 1;
     }
   }

@@ -10,13 +10,13 @@
 //  - Every 16 bytes of shared memory remember who wrote them. It is an error if the copy engine or a
 //    wgmma reads what a thread has written and not fenced; if a lane reads what a copy brings and has not itself waited for the
 //    phase of the mbarrier that the copy counts for; if a warp overwrites what a store of another lane has
-//    read without a __syncwarp() after that lane's wait.
+//    read without a __syncwarp(), or of another warp without a named barrier, after that lane's wait.
 //  - Barriers: errors are arrivals beyond the count, bytes not announced, a phase that ends before all who
 //    waited for the one before it went on, and threads that wait for ever.
 //  - Named barriers: errors are threads that wait for ever, and other counts at the same one.
 //  - wgmma: errors are a group without a fence before it, warps of a warpgroup that do not multiply the same,
-//    what is left unwaited for, and descriptors other than K-major without a swizzle and, transposed, N-major
-//    swizzled by 128 bytes, the kinds implemented.
+//    what is left unwaited for, and descriptors other than the kinds implemented: without a swizzle and,
+//    transposed, N-major, swizzled by 128 bytes.
 //  - The shared window begins at a random multiple of 128.
 //
 // Stricter than the PTX ISA is that every group begins with a wgmma.fence, and that each lane waits itself.
@@ -51,7 +51,7 @@ void tensor_store(uint32_t shared, const CUtensorMap& map, Coordinates at, Site 
 void store_commit(Site site);
 void store_wait(bool read, Site site);
 
-void stmatrix(void* row, const uint32_t* s, Site site);
+void stmatrix(bool transpose, void* row, const uint32_t* s, Site site);
 uint32_t movmatrix(uint32_t pair, Site site);
 void set_registers(bool more, int count, Site site);
 

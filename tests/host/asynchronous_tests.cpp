@@ -36,11 +36,11 @@ void make_barrier(int count) {
   __syncthreads();
 }
 
-// d [128, kWidth / 2] (+)= a [128, 4] by the operand `b`, in cores or transposed and swizzled, with what the lanes
-// see before the wait.
+// d [128, kWidth / 2] (+)= a [128, 4] by the operand `b`, in cores or, without a `k_stride`, swizzled, with what the
+// lanes see before the wait.
 template <typename T, int kWidth, int kTransposed = 0>
-__global__ void wgmma_kernel(const uint32_t* a, const void* b, int k_stride, bool accumulate, float* d,
-                             float* before) {
+__global__ void wgmma_kernel(const uint32_t* a, const void* b, int k_stride, int n_stride, bool accumulate,
+                             float* d, float* before) {
   constexpr int kCount = kWidth / 2;
   make_barrier(1);
   const int bytes = kWidth * 32, i = threadIdx.x;
@@ -54,8 +54,8 @@ __global__ void wgmma_kernel(const uint32_t* a, const void* b, int k_stride, boo
   for (int n = 0; n < 4; ++n) left[n] = a[i * 4 + n];
   for (int n = 0; n < kCount; ++n) sum[n] = d[i * kCount + n];
   ptx::wgmma_fence();
-  const uint64_t right = kTransposed != 0 ? ptx::swizzled_descriptor(data_address())
-                                          : ptx::core_descriptor(data_address(), k_stride);
+  const uint64_t right = k_stride == 0 ? ptx::swizzled_descriptor(data_address())
+                                       : ptx::core_descriptor(data_address(), k_stride, n_stride);
   ptx::Wgmma<T, kWidth, kTransposed>::multiply(sum, left, right, accumulate);
   ptx::Wgmma<T, kWidth, kTransposed>::multiply(sum, left, right, true);
   ptx::wgmma_commit();
@@ -69,11 +69,15 @@ __global__ void movmatrix_kernel(const uint32_t* pairs, uint32_t* turned) {
 }
 
 // registers [32, 4] to rows of 16 bytes, lane l's at rows[l].
-__global__ void stmatrix_kernel(const int* rows, const uint32_t* registers, uint32_t* stored) {
+__global__ void stmatrix_kernel(bool transpose, const int* rows, const uint32_t* registers, uint32_t* stored) {
   const int i = threadIdx.x;
   const uint32_t s[4] = {registers[i * 4], registers[i * 4 + 1], registers[i * 4 + 2],
                          registers[i * 4 + 3]};
-  ptx::stmatrix_x4(data_address() + 16 * rows[i], s);
+  if (transpose) {
+    ptx::stmatrix_x4_trans(data_address() + 16 * rows[i], s);
+  } else {
+    ptx::stmatrix_x4(data_address() + 16 * rows[i], s);
+  }
   std::memcpy(stored + 4 * i, at(data_address() + 16 * i), 16);
 }
 
@@ -166,6 +170,7 @@ enum class Fault {
   kStoreUncommitted,
   kOverwriteUnread,
   kOverwriteUnsynchronized,
+  kOverwriteByAnother,
   kLoadOverStore,
   kWgmmaUnfenced,
   kWgmmaUnwaited,
@@ -260,6 +265,11 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
     ptx::wgmma_wait<0>();
   }
 
+  const bool both = is(Fault::kOverwriteByAnother);
+  if (both && warp == 1) {
+    ptx::named_barrier<64>(3);
+    ptx::stmatrix_x4(staged + 16 * lane, left);
+  }
   if (warp != 0) return;
   ptx::stmatrix_x4(staged + 16 * lane, left);
   ptx::stmatrix_x4(staged + 512 + 16 * lane, left);
@@ -270,6 +280,9 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
     if (!is(Fault::kStoreUncommitted)) ptx::store_commit();
     if (is(Fault::kLoadMisaligned)) ptx::tensor_load(data + 16, &map, 0, 0, 0, 0, barrier);
     if (is(Fault::kLoadOverStore)) ptx::tensor_load(staged, &map, 0, 0, 0, 0, barrier);
+  }
+  if (both) ptx::named_barrier<64>(3);
+  if (lane == 0) {
     if (!is(Fault::kStoreUnwaited) && !is(Fault::kOverwriteUnread)) ptx::store_wait_read();
   }
   if (!is(Fault::kOverwriteUnsynchronized)) __syncwarp();
@@ -280,9 +293,10 @@ __global__ void faulty_kernel(Fault fault, const unsigned char* global, const CU
 }  // namespace
 
 HYPERCONV_EXPORT int leaf_wgmma(int half, int width, int transposed, const void* a, const void* b, int k_stride,
-                                int accumulate, float* d, float* before) {
+                                int n_stride, int accumulate, float* d, float* before) {
   const auto with = [&](auto* kernel) {
-    return launch(128, kernel, static_cast<const uint32_t*>(a), b, k_stride, accumulate != 0, d, before);
+    return launch(128, kernel, static_cast<const uint32_t*>(a), b, k_stride, n_stride, accumulate != 0, d,
+                  before);
   };
   const auto of = [&](auto element) {
     using T = decltype(element);
@@ -298,8 +312,9 @@ HYPERCONV_EXPORT int leaf_wgmma(int half, int width, int transposed, const void*
 HYPERCONV_EXPORT int leaf_movmatrix(const uint32_t* pairs, uint32_t* turned) {
   return launch(32, movmatrix_kernel, pairs, turned);
 }
-HYPERCONV_EXPORT int leaf_stmatrix(const int* rows, const uint32_t* registers, uint32_t* stored) {
-  return launch(32, stmatrix_kernel, rows, registers, stored);
+HYPERCONV_EXPORT int leaf_stmatrix(int transpose, const int* rows, const uint32_t* registers,
+                                   uint32_t* stored) {
+  return launch(32, stmatrix_kernel, transpose != 0, rows, registers, stored);
 }
 HYPERCONV_EXPORT int leaf_encode(CUtensorMap* map, void* data, const cuuint64_t* sizes,
                                  const cuuint64_t* strides, const cuuint32_t* box, int swizzle) {

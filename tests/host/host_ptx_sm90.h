@@ -55,7 +55,10 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t row, HYPERCONV_CALLER) 
   hyperconv_host::ldmatrix(true, d, hyperconv_host::shared_pointer(row), {file, line});
 }
 inline void stmatrix_x4(uint32_t row, const uint32_t (&s)[4], HYPERCONV_CALLER) {
-  hyperconv_host::stmatrix(hyperconv_host::shared_pointer(row), s, {file, line});
+  hyperconv_host::stmatrix(false, hyperconv_host::shared_pointer(row), s, {file, line});
+}
+inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&s)[4], HYPERCONV_CALLER) {
+  hyperconv_host::stmatrix(true, hyperconv_host::shared_pointer(row), s, {file, line});
 }
 inline uint32_t movmatrix_trans(uint32_t pair, HYPERCONV_CALLER) {
   return hyperconv_host::movmatrix(pair, {file, line});

@@ -76,18 +76,20 @@ float to_float(Format format, uint32_t bits) {
 // bits; a base offset and the swizzle mode in bits 49 to 51 and 62 to 63.
 //
 // K-major without a swizzle, 8 numbers along k in 16 bytes, the next column 16 bytes on; eight columns on by the
-// stride, eight numbers along k by the leading offset. N-major swizzled by 128 bytes, 8 numbers along N in 16
+// stride, eight numbers along k by the leading offset. N-major without one, 8 numbers along N in 16 bytes, the next
+// row along k 16 bytes on; the offsets as before. N-major swizzled by 128 bytes, 8 numbers along N in 16
 // bytes, eight such in a row, the next row along k 128 bytes on; eight rows on by the stride, 64 columns by the
 // leading offset; the swizzle is of the address.
 std::vector<Piece> right_of(const Thread& lane, const Product& product) {
   const uint64_t bits = product.b, mode = bits >> 62;
   const uint64_t known = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
-  if ((bits & ~known) != 0 || mode != (product.transposed ? 1 : 0)) {
+  const bool is_swizzled = mode == 1;
+  if ((bits & ~known) != 0 || mode > (product.transposed ? 1 : 0)) {
     fail_at(lane, "wgmma", "a descriptor with another swizzle, a base offset or reserved bits is not implemented");
   }
   const uint32_t start = (bits & 0x3fff) << 4, leading = (bits >> 16 & 0x3fff) << 4,
                  stride = (bits >> 32 & 0x3fff) << 4;
-  if (product.transposed && start % 1024 != 0) {
+  if (is_swizzled && start % 1024 != 0) {
     fail_at(lane, "wgmma", "a swizzled right operand that does not begin at a multiple of 1024");
   }
   std::vector<Piece> pieces;
@@ -101,6 +103,10 @@ std::vector<Piece> right_of(const Thread& lane, const Product& product) {
   if (product.transposed) {
     for (int k = 0; k < kDepth; ++k) {
       for (int n = 0; n < product.width; n += 8) {
+        if (!is_swizzled) {
+          add(start + k / 8 * leading + n / 8 * stride + k % 8 * 16, k, n);
+          continue;
+        }
         const uint32_t address = start + n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128;
         add(swizzled(address, CU_TENSOR_MAP_SWIZZLE_128B), k, n);
       }
@@ -249,17 +255,21 @@ void perform_wait(Thread* const (&lanes)[kWarp]) {
   own.history.push_back(2 + pending);
 }
 
+template <bool kTranspose>
 void perform_stmatrix(Thread* const (&lanes)[kWarp]) {
+  constexpr const char* kName = kTranspose ? "stmatrix_x4_trans" : "stmatrix_x4";
   for (int l = 0; l < kWarp; ++l) {
     auto* row = static_cast<unsigned char*>(lanes[l]->operands.result);
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0 || row < block.shared ||
         row + 16 > block.shared + block.shared_bytes) {
-      fail_at(*lanes[l], "stmatrix_x4", "a row misaligned or outside shared memory");
+      fail_at(*lanes[l], kName, "a row misaligned or outside shared memory");
     }
-    check_overwritable(*block.warp, *lanes[l], "stmatrix_x4", row);
-    for (int t = 0; t < 4; ++t) {
-      const auto* s = static_cast<const uint32_t*>(lanes[l % 8 * 4 + t]->operands.first);
-      std::memcpy(row + 4 * t, s + l / 8, 4);
+    check_overwritable(*block.warp, *lanes[l], kName, row);
+    for (int i = 0; i < 8; ++i) {  // row l % 8 of matrix l / 8, or that column
+      const int g = kTranspose ? i : l % 8, column = kTranspose ? l % 8 : i;
+      const auto* s = static_cast<const uint32_t*>(lanes[4 * g + column / 2]->operands.first);
+      const auto number = static_cast<uint16_t>(s[l / 8] >> 16 * (column % 2));
+      std::memcpy(row + 2 * i, &number, 2);
     }
   }
 }
@@ -280,7 +290,8 @@ void perform_registers(Thread* const (&lanes)[kWarp]) {
 constexpr Collective kFence{
     "wgmma_fence", [](Thread* const (&)[kWarp]) { progress[block.warp].fenced = true; }};
 constexpr Collective kCommit{"wgmma_commit", perform_commit}, kWait{"wgmma_wait", perform_wait},
-    kWgmma{"wgmma", perform_wgmma}, kStmatrix{"stmatrix_x4", perform_stmatrix},
+    kWgmma{"wgmma", perform_wgmma}, kStmatrix{"stmatrix_x4", perform_stmatrix<false>},
+    kStmatrixTransposed{"stmatrix_x4_trans", perform_stmatrix<true>},
     kMovmatrix{"movmatrix_trans", perform_movmatrix}, kRegisters{"setmaxnreg", perform_registers};
 
 }  // namespace
@@ -308,7 +319,9 @@ std::string unfinished_block_products() {
   return "";
 }
 
-void stmatrix(void* row, const uint32_t* s, Site site) { collect(kStmatrix, {s, nullptr, row}, site); }
+void stmatrix(bool transpose, void* row, const uint32_t* s, Site site) {
+  collect(transpose ? kStmatrixTransposed : kStmatrix, {s, nullptr, row}, site);
+}
 
 uint32_t movmatrix(uint32_t pair, Site site) {
   uint32_t result;
