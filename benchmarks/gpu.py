@@ -35,8 +35,9 @@ ELSEWHERE = ("triton_aot", "cuda_aot", "build", "host_runtime", "cuda_proof", "e
 # Test files that cannot even be collected without a package.
 NEEDS = {"hypothesis": ("dimensions", "geometry", "lattice")}
 # The library's kernels, in csrc/ and of Triton, by their mangled names; PyTorch's are as they are.
-KERNELS = "regex=(basis|direct|prepare|mlp|coefficient)[a-z0-9_]*kernel"
-GATE = ("tests/test_operators.py", "tests/test_hyper_operator.py", "tests/test_cuda_wgmma.py")
+KERNELS = "regex=(basis|direct|prepare|mlp|coefficient|joint)[a-z0-9_]*kernel"
+_GATE = ("operators", "hyper_operator", "cuda_wgmma", "cuda_joint")
+GATE = tuple(f"tests/test_{name}.py" for name in _GATE)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,21 @@ int basis_gradient_sm90_pieces(int in_channels);
 Status basis_gradient_sm90(Number number, const Lattice& map, const Choice& choice,
                            const BasisArguments& arguments, cudaStream_t stream);
 
+// Of a layer: g is the gradient of its output, x its input.
+struct JointArguments {
+  Operand g, x;
+  const void *bands, *packed;  // of `prepare_cores`
+  void* dx;
+  Strides dx_strides;
+  int dx_channels;
+  float* partial;  // [splits, R, channels of g, of x]; [R, ...], zeros, if `atomic`
+  int groups, rank, splits;
+  bool atomic, aligned;
+  const float* scales;  // of `prepare_cores`
+};
+Status joint_gradient_sm90(Number number, const Lattice& map, const Choice& choice,
+                           const JointArguments& arguments, cudaStream_t stream);
+
 // basis: float32 [features + constant, K]; the last row is ones if `constant`.
 Status coordinate_mlp(Number number, const MlpArguments& arguments, float* basis, bool constant,
                       cudaStream_t stream);

@@ -459,6 +459,45 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   DeviceScope::check(basis_gradient(number, map, choice, a, scope.stream()), "basis_gradient");
 }
 
+// The gradients of a layer's input and of A together, `transposed` as hyper_conv_fwd has it.
+void basis_conv_bwd(Tensor grad, Tensor input, Tensor coefficients, Tensor basis, Tensor output, Tensor partial,
+                    Tensor workspace, Tensor plan, int64_t groups, int64_t splits, bool transposed, bool atomic,
+                    bool tf32, bool aligned) {
+  const auto [map, choice] = parse_plan(plan);
+  const Number number = number_of(input, tf32);
+  expect_like("grad", grad, input);
+  expect_like("coefficients", coefficients, input);
+  expect_like("output", output, input);
+  expect_float("partial", partial);
+  Workspace room(workspace, input);
+  const Operand dx = operand("output", output, map, &Axis::out_size, groups);
+  JointArguments a = {};
+  a.g = operand("grad", grad, map, &Axis::in_size, groups);
+  a.x = operand("input", input, map, &Axis::out_size, groups);
+  PrepareArguments p = preparation(&coefficients, groups, transposed, choice.out_tiles, room, choice.ranks);
+  add_core_bands(p, map, choice, basis, room);
+  expect("coefficients", "channels in", a.g.channels, p.in_channels);
+  expect("coefficients", "channels out", dx.channels, p.out_channels);
+  expect("input", "channels", dx.channels, a.x.channels);
+  expect("basis", "functions", coefficients.size(2), p.rank);
+  a.bands = p.bands;
+  a.packed = p.packed;
+  a.scales = scales(number, p, room);
+  a.dx = output.data_ptr();
+  a.dx_strides = dx.strides;
+  a.dx_channels = dx.channels;
+  a.groups = static_cast<int>(groups);
+  a.rank = p.rank;
+  a.splits = static_cast<int>(splits);
+  a.atomic = atomic;
+  a.aligned = aligned;
+  expect_room("partial", partial, (atomic ? 1 : splits) * coefficients.numel());
+  a.partial = static_cast<float*>(partial.data_ptr());
+  const DeviceScope scope(input);
+  check_prepare_cores(number, map, choice, p, scope.stream());
+  DeviceScope::check(joint_gradient_sm90(number, map, choice, a, scope.stream()), "joint_gradient_sm90");
+}
+
 void coordinate_mlp_fwd(Tensor coordinates, std::vector<Tensor> weights, std::vector<Tensor> biases,
                         Tensor basis, int64_t activation, double slope, double weight_gain,
                         bool linear_output, bool constant) {
@@ -507,6 +546,7 @@ STABLE_TORCH_LIBRARY_IMPL(hyperconv_ext_cuda, HYPERCONV_DISPATCH_KEY, m) {
   m.impl("hyper_conv_fwd", TORCH_BOX(&hyperconv::hyper_conv_fwd));
   m.impl("basis_conv_bwd_coeff", TORCH_BOX(&hyperconv::basis_conv_bwd_coeff));
   m.impl("basis_conv_bwd_basis", TORCH_BOX(&hyperconv::basis_conv_bwd_basis));
+  m.impl("basis_conv_bwd", TORCH_BOX(&hyperconv::basis_conv_bwd));
   m.impl("coordinate_mlp_fwd", TORCH_BOX(&hyperconv::coordinate_mlp_fwd));
   m.impl("coordinate_mlp_bwd", TORCH_BOX(&hyperconv::coordinate_mlp_bwd));
 }

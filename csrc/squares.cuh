@@ -103,17 +103,23 @@ Status with_shape(Number number, const Choice& choice, const Function& function)
   return kUnknownPlan;
 }
 
-// What the threads of a block do: one makes the barriers before any passes; one of the first warpgroup copies,
-// and the other warpgroups multiply, with the registers that it gives up.
-template <class Barriers, class Produce, class Consume>
-__device__ __forceinline__ void run_roles(const Barriers& barriers, const Produce& produce,
-                                          const Consume& consume) {
+// The warpgroup of this thread, once one thread has made the barriers.
+template <class Barriers>
+__device__ __forceinline__ int warpgroup(const Barriers& barriers) {
   if (threadIdx.x == 0) {
     barriers();
     ptx::fence_proxy_async();  // the barriers, which the copy engine arrives at
   }
   __syncthreads();  // the barriers are there
-  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+}
+
+// What the threads of a block do: one of the first warpgroup copies, and the other warpgroups multiply, with the
+// registers that it gives up.
+template <class Barriers, class Produce, class Consume>
+__device__ __forceinline__ void run_roles(const Barriers& barriers, const Produce& produce,
+                                          const Consume& consume) {
+  const int group = warpgroup(barriers) - 1;
   if (group < 0) {
     ptx::fewer_registers<24>();
     if (threadIdx.x == 0) produce();
@@ -161,11 +167,12 @@ __device__ __forceinline__ uint32_t transposed_row(int unit, int lane) {
 template <class S>
 constexpr int kPatchStep = (S::kPatch == 8 ? 2 * S::kPitch : S::kPitch) * 2 * kBox;
 
-// What a lane holds of x' for 16 channels, by its row of the first matrices: the others are a constant further.
-template <class S>
-__device__ __forceinline__ void load_patch(uint32_t (&patch)[S::kSteps][4], uint32_t row) {
+// What a lane holds of x' for 16 channels and 16 kSteps positions of the patch, by its row of the first matrices:
+// the others are a constant further.
+template <class S, int kSteps>
+__device__ __forceinline__ void load_patch(uint32_t (&patch)[kSteps][4], uint32_t row) {
 #pragma unroll
-  for (int j = 0; j < S::kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kPatchStep<S>);
+  for (int j = 0; j < kSteps; ++j) ptx::ldmatrix_x4_trans(patch[j], row + j * kPatchStep<S>);
 }
 
 // The right operand of the functions from `first` on, of a pack's bands at this address.
@@ -173,14 +180,15 @@ __device__ __forceinline__ uint64_t band_descriptor(uint32_t bands, int first = 
   return ptx::core_descriptor(bands + first * kUnit * 16, kColumns / 8 * 128);
 }
 
-// z' of kWidth / 16 functions: a group of products, committed.
-template <typename T, class S, int kWidth>
-__device__ __forceinline__ void form(float (&z)[kWidth / 2], const uint32_t (&patch)[S::kSteps][4],
-                                     uint64_t bands) {
+// z' of kWidth / 16 functions, or what these positions of the patch `add` to it: a group of products, committed.
+template <typename T, class S, int kWidth, int kSteps>
+__device__ __forceinline__ void form(float (&z)[kWidth / 2], const uint32_t (&patch)[kSteps][4],
+                                     uint64_t bands, bool add = false) {
+  static_assert(S::kSteps % kSteps == 0);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int j = 0; j < S::kSteps; ++j) {
-    ptx::Wgmma<T, kWidth>::multiply(z, patch[j], bands + j * (kBandStep >> 4), j > 0);
+  for (int j = 0; j < kSteps; ++j) {
+    ptx::Wgmma<T, kWidth>::multiply(z, patch[j], bands + j * (kBandStep >> 4), add || j > 0);
   }
   ptx::wgmma_commit();
 }

@@ -33,10 +33,12 @@ BLOCK_WARPS = 8
 # Kernels that multiply on tensor cores, unless by IEEE arithmetic: then on none.
 MULTIPLY = ("basis_conv_kernel", "basis_gradient_kernel", "coefficient_gradient_kernel")
 # The same by wgmma: (architecture, warps of a block). Elsewhere there is nothing in them.
-WARPGROUPS = dict.fromkeys(
-    ("basis_conv_sm90_kernel", "coefficient_gradient_sm90_kernel", "basis_gradient_sm90_kernel"),
-    ("90a", 12),
-)
+WARPGROUPS = {
+    "basis_conv_sm90_kernel": ("90a", 12),
+    "coefficient_gradient_sm90_kernel": ("90a", 12),
+    "basis_gradient_sm90_kernel": ("90a", 12),
+    "joint_gradient_sm90_kernel": ("90a", 16),
+}
 # What ptxas notes where it serialises wgmma or ignores setmaxnreg, which to nvcc is no warning.
 LOSS = re.compile(r"C75\d\d")
 IEEE = "Ieee"

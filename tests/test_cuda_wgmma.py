@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,22 @@ def test_equals_the_oracle(case: Case, dtype, transposed: bool, mode, device, po
     assert actual.is_contiguous(memory_format=torch.channels_last)
     truth = result("reference", "auto", torch.float64)
     check(str(case), actual, truth, result("reference", "auto", dtype))
+
+
+@runs
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_output_that_answers_to_one_position(transposed: bool, device, poisoned) -> None:
+    """Which is contiguous and channels last, so that the output is contiguous."""
+    case = Case((5, 5), 64, (1, 1), 1 if transposed else 2, padding=0 if transposed else 4)
+    input, coefficients, basis, _ = draw(case, torch.bfloat16, device)
+    convolve = functional.basis_conv_transpose2d if transposed else functional.basis_conv2d
+
+    def result(**choice: Any) -> Tensor:
+        return convolve(input, coefficients, basis, padding=case.padding, **choice)
+
+    actual, expected = result(backend="cuda", algorithm="wgmma"), result(backend="reference")
+    assert actual.shape[2:] == (5, 5) and actual.stride() == expected.stride()
+    assert relative_error(actual, expected.double()) < 2.0**-6
 
 
 @runs
@@ -489,6 +505,12 @@ ERRORS = {
 }
 
 
+def sites_of(name: str) -> list[str]:
+    """What can be taken out of a source."""
+    lines = (SOURCES / name).read_text().splitlines()
+    return [f"{name}:{n}" for n, line in enumerate(lines, 1) if _CALL.search(line)]
+
+
 def _sites() -> Iterator[tuple[str, int]]:
     """(file:line, rank): all of them with two packs; with one, those that are reached."""
     for name in ERRORS:
@@ -512,12 +534,16 @@ def test_without_a_fault(rank: int) -> None:
 def test_what_is_taken_out_is_noticed(
     site: str, rank: int, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    taken_out(site, partial(ERRORS[site.partition(":")[0]], rank), monkeypatch)
+
+
+def taken_out(site: str, measure: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if neither an error message nor a number says that the call at `site` is not made."""
     monkeypatch.setenv("HYPERCONV_HOST_SKIP", site)
-    measure = ERRORS[site.partition(":")[0]]
     for seed in range(4):
         monkeypatch.setenv("HYPERCONV_HOST_SEED", str(seed))
         try:
-            error = measure(rank=rank)
+            error = measure()
         except RuntimeError:
             return
         if not error < LIMIT:

@@ -29,6 +29,7 @@ _FREE = {
     "empty",
     "expand",
     "new_empty",
+    "new_empty_strided",
     "permute",
     "select",
     "t",

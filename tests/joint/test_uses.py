@@ -272,7 +272,7 @@ def test_what_is_named_is_refused() -> None:
 def test_where_gradients_can_be_together(device) -> None:
     assert planner.joins_on(Device("cpu"), joint.NAME) and planner.joins_on(H200, "auto")
     assert not planner.joins_on(Device("meta"), joint.NAME)
-    assert not any(planner.joins_on(H200, name) for name in ("cuda", "triton", "composite"))
+    assert not any(planner.joins_on(H200, name) for name in ("triton", "composite"))
 
 
 def test_explain(device, monkeypatch) -> None:

@@ -40,23 +40,25 @@ def _device_reason(device: Device, dtype: str) -> str:
     return ""
 
 
-def _wgmma_reason(problem: Problem) -> str:
-    """Why `wgmma` cannot compute this problem on a device on which the others run, or ''."""
+def _wgmma_reason(device: Device) -> str:
+    """Why `wgmma` does not run on a device on which the others run, or ''."""
     if library.executes_on_cpu():
-        return wgmma.reason(problem)
-    if problem.device.capability != wgmma.CAPABILITY:
-        return f"it needs compute capability 9.0, this GPU has {problem.device.capability / 10}"
+        return ""
+    if device.capability != wgmma.CAPABILITY:
+        return f"it needs compute capability 9.0, this GPU has {device.capability / 10}"
     if "90a" not in library.architectures():
         return f"the extension is {library.describe()}; rebuild it with TORCH_CUDA_ARCH_LIST=9.0a"
-    return wgmma.reason(problem)
+    return ""
 
 
 def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
     """Whether this backend takes `problem`, and why not."""
     reason = _device_reason(problem.device, problem.dtype)
     if algorithm == "wgmma":
-        reason = reason or _wgmma_reason(problem)
+        reason = reason or _wgmma_reason(problem.device) or wgmma.reason(problem)
         return not reason, reason
+    if not reason and problem.wanted:
+        reason = "its kernels compute each gradient by itself"
     if not reason and problem.rank > tiles.MAX_RANK:
         reason = f"its kernels take up to {tiles.MAX_RANK} basis functions, not {problem.rank}"
     if reason:
@@ -67,6 +69,11 @@ def can_run(problem: Problem, algorithm: str) -> tuple[bool, str]:
         return False, f"no block of inputs that 16 outputs read fits in {size} KiB of shared memory"
     reason = tiles.index_limit(problem, choice[0])
     return not reason, reason
+
+
+def joins_on(device: Device) -> bool:
+    """Whether several gradients of a layer can be computed together there."""
+    return not (_device_reason(device, "bfloat16") or _wgmma_reason(device))
 
 
 def can_evaluate(widths: tuple[int, ...], dtype: str, device: Device) -> tuple[bool, str]:
@@ -98,6 +105,7 @@ basis_conv_fwd = launch.basis_conv_fwd
 basis_conv_bwd_input = launch.basis_conv_bwd_input
 basis_conv_bwd_coeff = launch.basis_conv_bwd_coeff
 basis_conv_bwd_basis = launch.basis_conv_bwd_basis
+basis_conv_bwd = launch.basis_conv_bwd
 hyper_conv_fwd = launch.hyper_conv_fwd
 coordinate_mlp_fwd = launch.coordinate_mlp_fwd
 coordinate_mlp_bwd = launch.coordinate_mlp_bwd

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...layout import new_activation
-from ...problem import Plan
+from ...layout import as_channels_last, new_activation
+from ...problem import JOINT, Plan, Wanted
 from ..reference import ACTIVATIONS, LEAKY_SLOPE
 from ..scaling import scale_norms
 from ..shares import total
@@ -48,21 +48,20 @@ def _fixed_of(plan: Plan) -> _Fixed:
     if gathers:
         size_i, size_o, multiple = size_o, size_i, 16
     tiles_i, tiles_o = -(-size_i // 16), -(-size_o // multiple) * (multiple // 16)
-    bands, pieces = map.units.bands * map.chunks, basis_pieces(map)
-    packed = 0
+    bands, packed, pieces = map.units.bands * map.chunks, 0, 1
     if problem.op != "basis_conv_bwd_coeff":
         packed = problem.geometry.groups * tiles_i * tiles_o
     sizes = (kernel.outputs // 16, kernel.ranks, tile.warps, tile.slice, tile.stages)
     choice = (*sizes, tile.shared_bytes, tile.patch_width)
     rank = problem.rank
     if tile.patch_width:  # by `wgmma`: functions in packs, one set of bands
-        bands, pieces = tile.slice, wgmma.basis_pieces(problem)
-        rank = -(-rank // kernel.ranks) * kernel.ranks
+        bands, rank = tile.slice, -(-rank // kernel.ranks) * kernel.ranks
     if gathers:
         bands = 0
+        pieces = wgmma.basis_pieces(problem) if tile.patch_width else basis_pieces(map)
     count, atomic = (wgmma if tile.patch_width else tiles).shares(problem, tile)
-    sums = problem.op in ("basis_conv_bwd_coeff", "basis_conv_bwd_basis") and problem.dtype == "float16"
-    scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums else 0
+    sums = problem.wanted or problem.op in ("basis_conv_bwd_coeff", "basis_conv_bwd_basis")
+    scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums and problem.dtype == "float16" else 0
     return _Fixed(
         torch.tensor([*map.numbers, *choice], dtype=torch.int32, device="cpu"),
         (bands + packed) * rank * _TILE + scales,
@@ -96,6 +95,14 @@ def _output(plan: Plan, source: Tensor) -> Tensor:
     return new_activation(source, problem.in_channels, geometry.input_size)
 
 
+def _written(plan: Plan, output: Tensor) -> Tensor:
+    """What the kernel writes: `output`, or in its place what is channels last, as `wgmma` wants it.
+
+    An output that answers to one position may be contiguous though that position is both.
+    """
+    return as_channels_last(output) if plan.tile.patch_width else output
+
+
 def _bias(bias: Tensor | None, source: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(source.dtype).contiguous()
 
@@ -106,20 +113,21 @@ def _convolve(
     """`basis_conv_fwd` and `basis_conv_bwd_input`: two launches."""
     problem, fixed = plan.problem, _fixed_of(plan)
     output = _output(plan, source)
+    written = _written(plan, output)
     _launch(
         problem.op,
         source,
         coefficients,
         _float(basis),
         _bias(bias, source),
-        output,
+        written,
         source.new_empty(fixed.workspace),
         fixed.numbers,
         problem.geometry.groups,
         problem.tf32,
         problem.aligned,
     )
-    return output
+    return output if written is output else output.copy_(written)
 
 
 def basis_conv_fwd(
@@ -181,6 +189,17 @@ def hyper_conv_fwd(
     return output, basis
 
 
+def _partial(fixed: _Fixed, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Where sums over all outputs go: slices of this shape or, for atomic additions, one of zeros."""
+    if fixed.atomic:
+        return like.new_zeros(shape, dtype=torch.float32)
+    return like.new_empty((fixed.shares * fixed.pieces, *shape), dtype=torch.float32)
+
+
+def _summed(fixed: _Fixed, partial: Tensor) -> Tensor:
+    return partial if fixed.atomic else total(partial)
+
+
 def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor) -> Tensor:
     """The gradient of A, `[C_out, C_in/groups, R]`.
 
@@ -190,12 +209,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
     problem, fixed = plan.problem, _fixed_of(plan)
     shape = (problem.out_channels, channels(problem)[0], problem.rank)
     by_function = plan.tile.patch_width > 0  # as `wgmma` leaves the sums
-    if by_function:
-        shape = (shape[2], *shape[:2])
-    if fixed.atomic:
-        partial = input.new_zeros(shape, dtype=torch.float32)
-    else:
-        partial = input.new_empty((fixed.shares, *shape), dtype=torch.float32)
+    partial = _partial(fixed, input, (shape[2], *shape[:2]) if by_function else shape)
     _launch(
         "basis_conv_bwd_coeff",
         grad,
@@ -210,7 +224,7 @@ def basis_conv_bwd_coeff(plan: Plan, grad: Tensor, input: Tensor, basis: Tensor)
         problem.tf32,
         problem.aligned,
     )
-    sums = partial if fixed.atomic else total(partial)
+    sums = _summed(fixed, partial)
     if by_function:
         sums = sums.permute(1, 2, 0)
     return sums.to(input.dtype, memory_format=torch.contiguous_format)
@@ -220,11 +234,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
     """The gradient of phi, `[R, *kernel_size]`, in float32; repeatable as `basis_conv_bwd_coeff` is."""
     problem, fixed = plan.problem, _fixed_of(plan)
     geometry, rank = problem.geometry, problem.rank
-    shape = (rank, geometry.taps)
-    if fixed.atomic:
-        partial = input.new_zeros(shape, dtype=torch.float32)
-    else:
-        partial = input.new_empty((fixed.shares * fixed.pieces, *shape), dtype=torch.float32)
+    partial = _partial(fixed, input, (rank, geometry.taps))
     _launch(
         "basis_conv_bwd_basis",
         grad,
@@ -241,7 +251,51 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
         problem.tf32,
         problem.aligned,
     )
-    return (partial if fixed.atomic else total(partial)).view(rank, *geometry.kernel_size)
+    return _summed(fixed, partial).view(rank, *geometry.kernel_size)
+
+
+@lru_cache(maxsize=4096)
+def _rest(plan: Plan) -> Plan:
+    """Of a joint plan that of the gradient of phi, which is computed by itself."""
+    problem = replace(plan.problem, op="basis_conv_bwd_basis", wanted=None)
+    tile, seconds = wgmma.choose(problem)
+    return replace(plan, problem=problem, tile=tile, seconds=seconds)
+
+
+def basis_conv_bwd(
+    plan: Plan, grad: Tensor, input: Tensor, coefficients: Tensor, basis: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The `wanted` gradients of a layer's input, A and phi: the first two by one z of `grad`."""
+    problem, fixed = plan.problem, _fixed_of(plan)
+    backward = problem.op == "basis_conv_bwd_input"
+    output = _output(plan, grad)
+    written = _written(plan, output)
+    partial = _partial(fixed, input, (problem.rank, *channels(problem)))
+    _launch(
+        JOINT,
+        grad,
+        input,
+        coefficients,
+        _float(basis),
+        written,
+        partial,
+        input.new_empty(fixed.workspace),
+        fixed.numbers,
+        problem.geometry.groups,
+        fixed.shares,
+        backward,
+        fixed.atomic,
+        problem.tf32,
+        problem.aligned,
+    )
+    if written is not output:
+        output.copy_(written)
+    sums = _summed(fixed, partial).permute((1, 2, 0) if backward else (2, 1, 0))
+    gradient = sums.to(input.dtype, memory_format=torch.contiguous_format)
+    if not wanted[2]:
+        return output, gradient, None
+    sides = (grad, input) if backward else (input, grad)
+    return output, gradient, basis_conv_bwd_basis(_rest(plan), *sides, coefficients)
 
 
 def coordinate_mlp_fwd(

@@ -18,6 +18,9 @@ SCHEMAS = (
     "basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients, Tensor? norms, "
     f"Tensor(a!) partial, Tensor(b!) workspace, {_LAUNCH}, int splits, int pieces, bool atomic, "
     f"{_MODE}) -> ()",
+    "basis_conv_bwd(Tensor grad, Tensor input, Tensor coefficients, Tensor basis, Tensor(a!) output, "
+    f"Tensor(b!) partial, Tensor(c!) workspace, {_LAUNCH}, int splits, bool transposed, bool atomic, "
+    f"{_MODE}) -> ()",
     "coordinate_mlp_fwd(Tensor coordinates, Tensor[] weights, Tensor[] biases, Tensor(a!) basis, "
     f"{_MLP}, bool constant) -> ()",
     "coordinate_mlp_bwd(Tensor grad, Tensor coordinates, Tensor[] weights, Tensor[] biases, "

@@ -26,6 +26,7 @@ Family = Literal[
     "basis_conv_sm90",
     "coefficient_gradient_sm90",
     "basis_gradient_sm90",
+    "joint_gradient_sm90",
 ]
 
 
@@ -88,7 +89,9 @@ class Tile:
     @property
     def warps(self) -> int:
         """Warps of a block, of `wgmma` those that multiply."""
-        return 8 if self.patch_width else prod(self.grid) // _UNITS_PER_WARP
+        if self.patch_width:
+            return 12 if self.kernel.family == "joint_gradient_sm90" else 8
+        return prod(self.grid) // _UNITS_PER_WARP
 
     @property
     def name(self) -> str:

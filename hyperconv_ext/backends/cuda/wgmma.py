@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ _GROUPS = 2  # warpgroups that multiply
 _ROWS = 64  # of a warpgroup's products
 _BOX = 64  # channels of a copy
 _PART = 32  # channels of u together
+_SLOTS = 4  # of z, 16 channels of a square each, between the warpgroups of the joint gradient
 _ALIGNMENT, _BARRIERS, _SHARED = 1024, 128, 227 * 1024  # bytes
 
 
@@ -77,14 +79,19 @@ def reason(problem: Problem) -> str:
             "its activations must be channels last; call .to(memory_format=torch.channels_last)",
         ),
         (squares < 2**31, f"{squares} squares of outputs are more than 2**31 - 1; split the batch"),
+        (
+            problem.wanted is None or problem.wanted[:2] == (True, True),
+            "only the gradients of the input and of A share their work, of which not both are wanted",
+        ),
     )
     return next((why for fits, why in rows if not fits), "")
 
 
 def _ranks_fit(problem: Problem) -> tuple[bool, str]:
     convolves = problem.op in ("basis_conv_fwd", "basis_conv_bwd_input")
-    why = f"it takes up to {PACKS * RANKS} basis functions, not {problem.rank}"
-    return not convolves or _packs(problem) <= PACKS, why
+    most = 1 if problem.wanted else PACKS
+    why = f"it takes up to {most * RANKS} basis functions, not {problem.rank}"
+    return not convolves or _packs(problem) <= most, why
 
 
 def _kernel_fits(problem: Problem) -> tuple[bool, str]:
@@ -102,6 +109,9 @@ def _channels_fit(problem: Problem) -> tuple[bool, str]:
         fits = size_i % _BOX == 0 and size_o in CHANNELS
         why = f"it takes multiples of {_BOX} channels in and {counts} out, not {size_i} and {size_o}"
         return fits, why
+    if problem.wanted:
+        fits = size_i == size_o == _BOX
+        return fits, f"it takes {_BOX} channels in and out together, not {size_i} and {size_o}"
     if problem.op == "basis_conv_bwd_coeff":
         fits = size_i % _BOX == size_o % _BOX == 0
         return fits, f"it takes multiples of {_BOX} channels in and out, not {size_i} and {size_o}"
@@ -113,7 +123,7 @@ def _channels_fit(problem: Problem) -> tuple[bool, str]:
 
 def _squares(problem: Problem) -> int:
     geometry = problem.geometry
-    transposed = problem.op == "basis_conv_bwd_input"
+    transposed = problem.op == "basis_conv_bwd_input"  # the squares are of its result
     size = geometry.input_size if transposed else geometry.output_size
     return problem.batch * prod(-(-extent // _SIDE) for extent in size)
 
@@ -179,6 +189,20 @@ def _basis(shape: Shape, size: int) -> Tile:
     return _tile("basis_gradient_sm90", size, shape, stages, shared)
 
 
+def _joint(shape: Shape) -> Tile:
+    """`Layout` in csrc/joint_gradient_sm90.cu."""
+    stages = 2
+    staged = stages * _stage_bytes(shape) + _SIDE**2 * 2 * _BOX
+    barriers = 8 * (1 + 2 * stages + 2 * _SLOTS)
+    shared = staged + shape.band_bytes + _z_bytes() + barriers + _ALIGNMENT
+    return _tile("joint_gradient_sm90", _BOX, shape, stages, shared)
+
+
+def _z_bytes() -> int:
+    """Of 64 channels of z for a square."""
+    return _SIDE**2 * RANKS * 2 * _BOX
+
+
 def _part_bytes() -> int:
     """Of a channel of u for a square."""
     return 2 * RANKS * _SIDE**2
@@ -204,6 +228,8 @@ def _tile(family: Family, outputs: int, shape: Shape, stages: int, shared_bytes:
 
 def tile_of(problem: Problem, shape: Shape) -> Tile:
     """The instantiation for such a problem."""
+    if problem.wanted:
+        return _joint(shape)
     if problem.op == "basis_conv_bwd_coeff":
         return _coefficients(shape)
     if problem.op == "basis_conv_bwd_basis":
@@ -222,6 +248,8 @@ def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
     """(shares of the sum over outputs, whether atomic) of a gradient; (1, False) for a convolution."""
     if tile.kernel.family == "basis_conv_sm90":
         return 1, False
+    if tile.kernel.family == "joint_gradient_sm90":
+        return coefficient_shares(problem, 1, _squares(problem), alone=True)
     if tile.kernel.family == "basis_gradient_sm90":
         pieces, rounds = basis_pieces(problem), -(-_squares(problem) // _GROUPS)
         return basis_shares(problem, pieces * _packs(problem), rounds, pieces, alone=True)
@@ -239,8 +267,14 @@ def _programs(problem: Problem) -> int:
 
 
 def works(problem: Problem, tile: Tile) -> list[Work]:
-    """What the launches execute."""
+    """What the launches execute, of a joint problem also those for phi by itself."""
     shape = next(shape for shape in SHAPES if shape.steps == tile.slice)
+    if problem.wanted:
+        rest = []
+        if problem.wanted[2]:
+            phi = replace(problem, op="basis_conv_bwd_basis", wanted=None)
+            rest = works(phi, tile_of(phi, shape))
+        return [*_joint_works(problem, tile, shape), *rest]
     if problem.op == "basis_conv_bwd_coeff":
         return _coefficient_works(problem, tile, shape)
     if problem.op == "basis_conv_bwd_basis":
@@ -298,6 +332,33 @@ def _coefficient_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]
         shared=busiest * (read + _stage_bytes(shape)),
         cache=busiest * _stage_bytes(shape) + 4 * RANKS * _ROWS * _BOX,
         steps=busiest * _UNITS,
+    )
+    return [before, main, *after]
+
+
+def _joint_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
+    steps, columns, squares = shape.steps, 16 * RANKS, _squares(problem)
+    count, atomic = shares(problem, tile)
+    busiest = -(-squares // count)
+    products = _UNITS * 16 * _ROWS * (steps * columns + 2 * RANKS * _BOX)
+    # The patch by ldmatrix and the bands; z written, and read for either gradient; x by ldmatrix.
+    out = _SIDE**2 * 2 * _BOX
+    read = _UNITS * 32 * steps * (_ROWS + columns) + 3 * _z_bytes() + out
+    packed = _BOX // 16 * _item_bytes(_BOX)
+    sums = replace(problem, op="basis_conv_bwd_coeff", wanted=None)
+    before, dram, after = cost.around(sums, shape.band_bytes, packed, count, atomic)
+    of_input = problem.op == "basis_conv_bwd_input"
+    main = Work(
+        number="half",
+        library=True,
+        multiply_adds=products * squares,
+        dram=dram + (cost.input_bytes(problem) if of_input else cost.output_bytes(problem)),
+        blocks=count,
+        warps=tile.warps,
+        products=products * busiest,
+        shared=busiest * (read + _stage_bytes(shape) + 2 * out),
+        cache=busiest * (_stage_bytes(shape) + out) + packed + 4 * RANKS * _BOX * _BOX,
+        steps=busiest * _BOX // 16,
     )
     return [before, main, *after]
 
