@@ -319,6 +319,18 @@ def test_a_fault_is_noticed(loaded: Leaf, fault: int, mode: str, monkeypatch) ->
         assert re.search(message, loaded.message(error)), loaded.message(error)
 
 
+def test_threads_of_a_failed_launch_are_forgotten(loaded: Leaf) -> None:
+    """Those that a smaller block has not, too: what they waited for may be where its barriers are."""
+    tensor = Tensor(loaded, (1, 2, 8, 64), (1, 1, 8, 64), BY_128)
+    waits_for_ever = next(i for i, row in enumerate(FAULTS) if row[0] == "barrier .*: waits for ever")
+    for _ in range(4):
+        assert loaded.call("faulty", waits_for_ever, aligned(2048, np.uint8), tensor.map) != 0
+        loaded.call("last_error")
+        read = np.full((2, 9), -1, np.int32)
+        loaded.run("phases", 9, read)
+        assert (read == np.arange(9)).all()
+
+
 def test_every_fault_is_listed() -> None:
     names = SOURCE.read_text().split("enum class Fault {")[1].split("}")[0].split()
     assert len(names) == len(FAULTS)

@@ -280,13 +280,13 @@ void run_grid(const Launch& launch) {
   block.size = size_t{shape[0]} * shape[1] * shape[2];
   block.shared_bytes = launch.shared_bytes;
   while (block.threads.size() < block.size) block.threads.emplace_back();
+  for (Thread& thread : block.threads) thread.awaited = nullptr;  // also what a larger block left
   block.warps.assign((block.size + kWarp - 1) / kWarp, Warp());
   for (unsigned i = 0; i < block.size; ++i) {
     Warp& warp = block.warps[i / kWarp];
     warp.lanes[warp.size++] = &block.threads[i];
     block.threads[i].index = {i % shape[0], i / shape[0] % shape[1], i / shape[0] / shape[1]};
     block.threads[i].copies.clear();
-    block.threads[i].awaited = nullptr;
     block.threads[i].arrived = false;
   }
   std::vector<uint64_t> order(uint64_t{grid[0]} * grid[1] * grid[2]);
