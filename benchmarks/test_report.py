@@ -299,7 +299,7 @@ def test_goals_of_a_cpu() -> None:
     } == {1}
     others = {verdict.name: verdict for verdict in goals.elsewhere_on_cpu(found)}
     assert all(verdict.rows for verdict in others.values())
-    assert others["every row but 1x1"].text == "missed: 5.09x, worst 0.50x (5 of 88 rows)"
+    assert others["every row but 1x1"].text == "missed: 5.09x, worst 0.50x (5 of 94 rows)"
     assert others["against an FFT convolution, k >= 11"].status == "met"
     assert others["peak memory of a training step"].brief == "met: 1.00x"
 
