@@ -28,7 +28,7 @@ $(ENGINE): setup.py $(wildcard csrc/cpu/*)
 # What times the host comes last and alone: busy neighbours would be measured, too.
 XDIST := -n $(WORKERS) --dist worksteal
 test: $(READY) $(ENGINE)
-	$(BIN)/python -m pytest tests benchmarks/test_report.py $(XDIST) --durations=10 -m "not alone and not sweep"
+	$(BIN)/python -m pytest tests benchmarks/test_harness.py benchmarks/test_report.py $(XDIST) --durations=10 -m "not alone and not sweep"
 	$(BIN)/python -m pytest tests -q -m alone
 
 # What `make test` leaves out: the cases, minutes each or many, of which it runs a sample.
