@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -134,7 +133,7 @@ N = 8 where it is the default:
 
 def text() -> str:
     """The page, a function of the model alone."""
-    large = [shape for shape in _shapes(8) if prod(shape.kernel_size) >= 49]
+    large = [shape for shape in _shapes(8) if math.prod(shape.kernel_size) >= 49]
     return _PAGE.format(
         processors=H200.processors,
         clock=figures(H200).clock / 1e9,

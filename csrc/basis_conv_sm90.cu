@@ -310,10 +310,10 @@ Status run(const Lattice& map, const Choice& choice, const ConvArguments& a, cud
   const Parameters p = {map, a.bands, a.packed, a.bias, squares_of(map)};
   CUtensorMap x, y;
   Status status = encode_halos<T, S>(&x, map, a.x.data, a.x.strides, kC);
-  if (status.error == cudaSuccess && status.known) {
+  if (status.good()) {
     status = encode_units<T, S>(&y, map, a.y, a.y_strides, kC);
   }
-  if (status.error != cudaSuccess || !status.known) return status;
+  if (!status.good()) return status;
   int processors = 0;
   status.error = multiprocessors(&processors);
   if (status.error != cudaSuccess) return status;

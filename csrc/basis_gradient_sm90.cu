@@ -281,10 +281,10 @@ Status run(const Lattice& map, const Choice& choice, const BasisArguments& a, cu
                         a.atomic};
   CUtensorMap x, g;
   Status status = encode_halos<T, S>(&x, map, a.x.data, a.x.strides, p.in);
-  if (status.error == cudaSuccess && status.known) {
+  if (status.good()) {
     status = encode_units<T, S>(&g, map, a.g.data, a.g.strides, kC);
   }
-  if (status.error != cudaSuccess || !status.known) return status;
+  if (!status.good()) return status;
   const int64_t blocks = static_cast<int64_t>(p.in / kBox) * packs_of(p.rank) * p.splits;
   return launch<basis_gradient_sm90_kernel<T, S, kC>>(blocks, kThreads, L::kBytes, stream, x,
                                                       g, p);

@@ -371,13 +371,13 @@ Status run(const Lattice& map, const Choice& choice, const JointArguments& a, cu
                         a.atomic};
   CUtensorMap g, x, dx;
   Status status = encode_halos<T, S>(&g, map, a.g.data, a.g.strides, kBox);
-  if (status.error == cudaSuccess && status.known) {
+  if (status.good()) {
     status = encode_units<T, S>(&x, map, a.x.data, a.x.strides, kBox);
   }
-  if (status.error == cudaSuccess && status.known) {
+  if (status.good()) {
     status = encode_units<T, S>(&dx, map, a.dx, a.dx_strides, kBox);
   }
-  if (status.error != cudaSuccess || !status.known) return status;
+  if (!status.good()) return status;
   return launch<joint_gradient_sm90_kernel<T, S>>(p.splits, kJointThreads, L::kBytes, stream, g, x, dx, p);
 }
 

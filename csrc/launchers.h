@@ -13,6 +13,8 @@ namespace hyperconv {
 struct Status {
   cudaError_t error;  // the runtime's own
   bool known = true;  // whether the plan is one that this library can carry out
+
+  bool good() const { return error == cudaSuccess && known; }
 };
 constexpr Status kUnknownPlan = {cudaSuccess, false};
 

@@ -90,8 +90,7 @@ class TapNorm(nn.Module):
 
     def forward(self, kernels: Tensor) -> Tensor:
         """`[out, in, height, width]` of the same."""
-        variance, mean = torch.var_mean(kernels, (2, 3), correction=0, keepdim=True)
-        return self.scale * (kernels - mean) * torch.rsqrt(variance + 1e-5) + self.shift
+        return self.scale * F.layer_norm(kernels, kernels.shape[2:]) + self.shift
 
 
 def ordinary(width: int, bias: bool, weight_norm: bool = False) -> nn.Conv2d:

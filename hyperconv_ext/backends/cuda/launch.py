@@ -257,7 +257,7 @@ def basis_conv_bwd_basis(plan: Plan, grad: Tensor, input: Tensor, coefficients: 
 @lru_cache(maxsize=4096)
 def _rest(plan: Plan) -> Plan:
     """Of a joint plan that of the gradient of phi, which is computed by itself."""
-    problem = replace(plan.problem, op="basis_conv_bwd_basis", wanted=None)
+    problem = wgmma.of_basis(plan.problem)
     tile, seconds = wgmma.choose(problem)
     return replace(plan, problem=problem, tile=tile, seconds=seconds)
 

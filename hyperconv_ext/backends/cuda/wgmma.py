@@ -261,6 +261,11 @@ def basis_pieces(problem: Problem) -> int:
     return problem.in_channels // _BOX
 
 
+def of_basis(problem: Problem) -> Problem:
+    """Of a joint problem that of the gradient of phi, which has launches of its own."""
+    return replace(problem, op="basis_conv_bwd_basis", wanted=None)
+
+
 def _programs(problem: Problem) -> int:
     """Blocks of a share of the gradient of A."""
     return problem.in_channels // _BOX * (problem.out_channels // _BOX) * _packs(problem)
@@ -272,7 +277,7 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
     if problem.wanted:
         rest = []
         if problem.wanted[2]:
-            phi = replace(problem, op="basis_conv_bwd_basis", wanted=None)
+            phi = of_basis(problem)
             rest = works(phi, tile_of(phi, shape))
         return [*_joint_works(problem, tile, shape), *rest]
     if problem.op == "basis_conv_bwd_coeff":
