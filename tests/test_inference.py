@@ -132,7 +132,7 @@ def test_what_changes_the_kernel_drops_it(change: str) -> None:
         CHANGES[change](layer)
     _agrees(layer, input)
     after = _truth(layer, input)
-    same = after.shape == before.shape and torch.equal(after, before)
+    same = after.shape == before.shape and relative_error(after, before) < 1e-6
     assert same == (change in SAME)
 
 

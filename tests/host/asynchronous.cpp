@@ -32,7 +32,7 @@ struct Chunk {
   const Warp* writer;
   int stores;         // that have yet to read them
   const Warp* reader;  // that waited for the last that did
-  uint64_t read_at;    // what `synchronized` of it has to be for them to be written again
+  uint64_t read_at;    // what `synchronized` of it has to be for any warp to write to them again
 };
 
 struct Load {
@@ -280,7 +280,7 @@ void check_overwritable(const Warp& warp, const Thread& lane, const char* functi
   if (chunk.reader != &warp && met[{&warp, chunk.reader}] < chunk.read_at) {
     fail_at(lane, function, "no named_barrier() since another warp waited for the store that reads this");
   }
-  chunk = {nullptr, 0, 0xffffffffu, &warp, 0, nullptr, 0};
+  chunk = {nullptr, 0, 0xffffffffu, &warp, 0, chunk.reader, chunk.read_at};
 }
 
 uint32_t shared_address(const void* pointer) {
