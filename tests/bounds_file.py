@@ -65,18 +65,29 @@ def worse(committed: Bounds | None, now: Bounds | None) -> list[str]:
     return found
 
 
-def compare(path: Path, compiler: str, rows: list[str]) -> tuple[dict[str, list[str]], str]:
-    """({name: how it is worse than the file}, '') or ({}, why they cannot be compared)."""
+def compare(
+    path: Path, compiler: str, rows: list[str], sample: bool = False
+) -> tuple[dict[str, list[str]], str]:
+    """({name: how it is worse than the file}, '') or ({}, why they cannot be compared).
+
+    The rows are those of every kernel, or a `sample`.
+    """
     first, *lines = path.read_text().splitlines()
     if first != compiler:
         return {}, f"{NOT_COMPARED}: {path.name} is by {first}, this is {compiler}"
     committed, now = read(re.split(r"\n(?=sm_)", "\n".join(lines))), read(rows)
-    compared = {name: worse(committed.get(name), now.get(name)) for name in committed | now}
+    names = now if sample else committed | now
+    compared = {name: worse(committed.get(name), now.get(name)) for name in names}
     return {name: found for name, found in compared.items() if found}, ""
 
 
 def settle(
-    table: list[tuple[str, list[str]]], path: Path, compiler: str, command: str, update: bool
+    table: list[tuple[str, list[str]]],
+    path: Path,
+    compiler: str,
+    command: str,
+    update: bool,
+    sample: bool = False,
 ) -> tuple[str, bool]:
     """The table as text, its (row, faults) marked, and whether any row is.
 
@@ -90,7 +101,7 @@ def settle(
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join([compiler, *(row for row in rows if read([row])), ""]))
     elif read(rows) or path.exists():
-        found, reason = compare(path, compiler, rows)
+        found, reason = compare(path, compiler, rows, sample)
     marks = {name: [*against, f"if this is intended: {command}"] for name, against in found.items()}
     marked = [
         (row, faults + [x for name in read([row]) for x in marks.pop(name, [])]) for row, faults in table

@@ -62,9 +62,12 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the rows are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(mark.kwargs["rows"](parameters) for mark in item.iter_markers("sweep_rows")):
+            item.add_marker(pytest.mark.sweep)
         reason = WHY_NOT.get(parameters.get("backend"))
         if reason and "device" in set(item.fixturenames) - set(parameters):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -95,6 +98,16 @@ def sampled(rows: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
         return pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.sweep)
 
     return [row if kept(row) else other(row) for row in rows]
+
+
+def swept(rows: Callable[[dict[str, Any]], bool]) -> pytest.MarkDecorator:
+    """As `sampled`, of a test with several lists of parameters: `make sweep` runs these of its rows."""
+    return pytest.mark.sweep_rows(rows=rows)
+
+
+def interpreted(rows: Callable[[dict[str, Any]], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """`swept`, of rows whose Triton kernels the interpreter executes, at seconds to minutes a row."""
+    return swept(lambda row: DEVICE.type == "cpu" and row["backend"] == "triton" and rows(row))
 
 
 def passes(*arguments: str, least: int, environment: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from hyperconv_ext import HyperConv2d, functional
 from hyperconv_ext.geometry import Geometry
 from hyperconv_ext.problem import OPS
 
-from .conftest import FUSED, precision_of_the_framework
+from .conftest import FUSED, interpreted, precision_of_the_framework
 
 BACKENDS = ("composite", *FUSED)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,6 +123,7 @@ def test_inductor(dynamic: bool, device, compiler) -> None:
         torch.testing.assert_close(compiled(input), conv(input), rtol=1e-3, atol=1e-4)
 
 
+@interpreted()
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_function_transforms(backend: str, device) -> None:
     """vmap of grad, jvp and jacfwd of grad agree with plain autograd on the reference."""
@@ -162,6 +163,7 @@ def _same(actual: Sequence[Tensor], expected: Sequence[Tensor], device) -> None:
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@interpreted()
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batched_gradients(backend: str, device) -> None:
     """`is_grads_batched` and `vectorize`, whose batches are not those of torch.func."""

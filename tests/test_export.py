@@ -23,7 +23,7 @@ from hyperconv_ext import (
 )
 from hyperconv_ext.modules import HyperConvNd
 
-from .conftest import FUSED
+from .conftest import FUSED, swept
 from .oracle import relative_error
 
 BACKENDS = ("auto", "reference", "composite", *FUSED)
@@ -61,6 +61,7 @@ def _targets(program: torch.export.ExportedProgram) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
+@swept(lambda row: row["dynamic"] == (row["weight_norm"] is None))
 @every_backend
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("weight_norm", [None, "batch"])

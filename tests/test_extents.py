@@ -16,7 +16,7 @@ from hyperconv_ext.backends.lattice import best_lattice
 from hyperconv_ext.backends.triton import tiles as triton_tiles
 from hyperconv_ext.geometry import Geometry
 
-from .conftest import FUSED, precision_of_the_framework
+from .conftest import FUSED, interpreted, precision_of_the_framework
 from .planning import problem
 
 
@@ -56,6 +56,7 @@ def _results(geometry: Geometry, transposed: bool, dtype: torch.dtype, backend: 
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
+@interpreted(lambda row: row["transposed"])
 @both_directions
 @every_geometry
 @pytest.mark.parametrize("backend", ["composite", *FUSED])

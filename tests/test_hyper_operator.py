@@ -24,7 +24,7 @@ from hyperconv_ext.backends.reference import ACTIVATIONS
 from hyperconv_ext.hypernet import tap_coordinates
 from hyperconv_ext.problem import JOINT, OPS
 
-from .conftest import FUSED, dtypes_of, precision_of_the_framework
+from .conftest import FUSED, dtypes_of, interpreted, precision_of_the_framework
 from .oracle import CASES, Case, draw, lay_out, relative_error
 
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
@@ -208,6 +208,7 @@ def _layers() -> list[tuple[str, type, bool]]:
     return [row for row in rows if row[0] != "triton" or row[1] is HyperConv1d or not row[2]]
 
 
+@interpreted(lambda row: row["kind"] is HyperConv3d)
 @pytest.mark.parametrize(("backend", "kind", "second"), _layers())
 def test_gradients(backend: str, kind, second: bool, device) -> None:
     """Within a few times the error of building W in float32."""

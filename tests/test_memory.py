@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperconv_ext import HyperConv2d
 
-from .conftest import FUSED, QUICK
+from .conftest import FUSED, QUICK, interpreted
 
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 
@@ -90,6 +90,7 @@ def test_the_watch_sees_freed_memory(device) -> None:
     assert largest_allocation(lambda: torch.empty(1000, device=device) + 1, device) >= 4000
 
 
+@interpreted()
 @every_fused_backend
 def test_no_weight(backend: str, device) -> None:
     """C_out * C_in * K is 60 times the activations here: only W (or its gradient) is that large."""

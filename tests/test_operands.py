@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperconv_ext import backends, functional, ops
 from hyperconv_ext.geometry import Geometry
 
-from .conftest import FUSED, backend_algorithms, precision_of_the_framework
+from .conftest import FUSED, backend_algorithms, interpreted, precision_of_the_framework
 
 NAN = float("nan")
 
@@ -112,6 +112,7 @@ def _channels_last(*shape: int, device: torch.device) -> Tensor:
 every_turn = pytest.mark.parametrize("turn", range(len(LAYOUTS)))
 
 
+@interpreted(lambda row: row["transposed"] != row["turn"] % 2)
 @every_turn
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
 @pytest.mark.parametrize(("backend", "algorithm"), [("reference", "auto"), *backend_algorithms()])

@@ -11,7 +11,14 @@ import torch
 from hyperconv_ext import functional, ops, planner
 from hyperconv_ext.geometry import Geometry
 
-from .conftest import FUSED, ON_GPU, backend_algorithms, dtypes_of, precision_of_the_framework
+from .conftest import (
+    FUSED,
+    ON_GPU,
+    backend_algorithms,
+    dtypes_of,
+    interpreted,
+    precision_of_the_framework,
+)
 from .oracle import CASES, NAMES, Case, check, draw, evaluate, floor_of_sums, lay_out
 from .planning import shares_of
 
@@ -49,6 +56,12 @@ def _grid() -> list[tuple[str, str, Case]]:
     ]
 
 
+# Of each in the interpreter there is a smaller one of its kind.
+LARGE = ("7x7", "9x13", "dilation 3", "unused trailing rows", "rank 32", "aligned, large")
+LARGE += ("aligned, strided", "stride beyond kernel")
+
+
+@interpreted(lambda row: row["case"].name in LARGE)
 @pytest.mark.parametrize(("backend", "algorithm", "case"), _grid(), ids=str)
 def test_all_geometries(backend: str, algorithm: str, case: Case, device, poisoned) -> None:
     dtypes = dtypes_of(backend, device)
@@ -56,6 +69,7 @@ def test_all_geometries(backend: str, algorithm: str, case: Case, device, poison
         _compare(case, backend, algorithm, dtype, "channels_last", device)
 
 
+@interpreted(lambda row: row["layout"] == "contiguous" or row["case"].name == "aligned")
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("backend", "algorithm"), backend_algorithms())
@@ -87,6 +101,7 @@ def _atomic_gradients(case: Case, backend: str, device) -> list[bool]:
     return [shares_of(plan)[1] for plan in plans]
 
 
+@interpreted(lambda row: row["case"].name == "in a workspace" and not row["deterministic"])
 @pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import hyperconv_ext
 from hyperconv_ext import functional
 from hyperconv_ext.modules import HyperConvNd
 
-from .conftest import FUSED, precision_of_the_framework, sampled
+from .conftest import FUSED, interpreted, precision_of_the_framework, sampled
 from .oracle import FLOOR, check
 
 OPERATORS = [f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)]
@@ -183,12 +183,13 @@ def _work(sample: Any) -> float:
     return work if input.dim() == weight.dim() else math.inf
 
 
-# Where the host executes the kernels, this one takes twice as long as the five others together.
-LONGEST = ("conv_transpose3d", "cuda")
+# Where the host executes the kernels, these take longer than all others together.
+LONGEST = [(name, backend) for name in ("conv3d", "conv_transpose3d") for backend in ("cuda", "triton")]
+LONGEST += [("conv_transpose2d", "triton")]
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), sampled(itertools.product(OPERATORS, BACKENDS), lambda row: row != LONGEST)
+    ("name", "backend"), sampled(itertools.product(OPERATORS, BACKENDS), lambda row: row not in LONGEST)
 )
 def test_samples(name: str, backend: str, torch_tests, device, poisoned) -> None:
     """Forward and every gradient of the layer, with its own materialised weight as the truth."""
@@ -242,6 +243,7 @@ def test_error_inputs(name: str, torch_tests) -> None:
             _function(name)(input, coefficients, basis, *bias, **kwargs)
 
 
+@interpreted(lambda row: "3d" in row["name"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_module_inputs(name: str, backend: str, torch_tests, device, poisoned) -> None:

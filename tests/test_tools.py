@@ -98,6 +98,7 @@ def test_mapped_from_a_file(tmp_path: Path, device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a compiler: no g++")
 def test_aot_inductor(tmp_path: Path) -> None:
     """A package that is compiled ahead, for batches of any size, and run without the layer."""
