@@ -56,14 +56,15 @@ __device__ __forceinline__ float layer_slope(float h, bool linear, const MlpArgu
   return linear ? 1.0f : p.gain * activation_slope(p.gain * h, p);
 }
 
-// What a warp keeps of a tap, in shared memory: row 0 the coordinates, row n + 1 the output of layer n.
+// What a warp keeps of a tap, in shared memory: row 0 the coordinates, row n + 1 the output of layer n, times
+// the window where the last layer takes it.
 // The features alone: two rows in turn.
 struct Features {
   float row[2][kMaxWidth];
 
   __device__ float* value(int n) { return row[n % 2]; }
-  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear) {
-    value(n)[o] = layer_output(h, linear, p);
+  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear, float window) {
+    value(n)[o] = window * layer_output(h, linear, p);
   }
 };
 
@@ -74,9 +75,9 @@ struct Trace {
   float delta[2][kMaxWidth];
 
   __device__ float* value(int n) { return row[n]; }
-  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear) {
-    row[n][o] = layer_output(h, linear, p);
-    slope[n][o] = layer_slope(h, linear, p);
+  __device__ void keep(const MlpArguments& p, int n, int o, float h, bool linear, float window) {
+    row[n][o] = window * layer_output(h, linear, p);
+    slope[n][o] = window * layer_slope(h, linear, p);
   }
 };
 
@@ -84,8 +85,10 @@ struct Trace {
 template <typename T, class Kept>
 __device__ void evaluate(const MlpArguments& p, int k, Kept& kept) {
   const int lane = threadIdx.x % 32;
-  const float* coordinates = p.coordinates + static_cast<int64_t>(k) * p.widths[0];
-  for (int i = lane; i < p.widths[0]; i += 32) kept.value(0)[i] = coordinates[i];
+  const float* coordinates = p.coordinates + static_cast<int64_t>(k) * (p.widths[0] + p.windowed);
+  // Of the layer whose output, or else of the coordinates, the last layer takes.
+  const auto window = [&](int n) { return p.windowed && n == p.layers - 2 ? coordinates[p.widths[0]] : 1.0f; };
+  for (int i = lane; i < p.widths[0]; i += 32) kept.value(0)[i] = window(-1) * coordinates[i];
   __syncwarp();
   for (int n = 0; n < p.layers; ++n) {
     const T* weight = static_cast<const T*>(p.weight[n]);
@@ -97,7 +100,7 @@ __device__ void evaluate(const MlpArguments& p, int k, Kept& kept) {
       for (int i = 0; i < p.widths[n]; ++i) {
         h += ptx::to_float(weight[o * p.widths[n] + i]) * inputs[i];
       }
-      kept.keep(p, n + 1, o, h, linear);
+      kept.keep(p, n + 1, o, h, linear, window(n));
     }
     __syncwarp();
   }

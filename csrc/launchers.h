@@ -41,7 +41,7 @@ constexpr int kMaxLayers = 8, kMaxWidth = 64;
 enum class Activation { kLeakyRelu, kRelu, kGelu, kSilu, kTanh, kSine };
 
 struct MlpArguments {
-  const float* coordinates;        // [K, D]
+  const float* coordinates;        // [K, D], or [K, D + 1] with a window
   const void* weight[kMaxLayers];  // [features, previous features]
   const void* bias[kMaxLayers];    // [features]
   int widths[kMaxLayers + 1];
@@ -50,6 +50,7 @@ struct MlpArguments {
   float slope;         // of the leaky ReLU
   float gain;
   bool linear_output;  // the last layer is W h + b
+  bool windowed;       // its inputs are multiplied by the column beside the coordinates
 };
 
 // Banded matrices and rearranged coefficients, written by one small launch before the others.

@@ -255,7 +255,9 @@ MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>&
   p.coordinates = static_cast<const float*>(coordinates.data_ptr());
   p.taps = static_cast<int>(coordinates.size(0));
   p.layers = static_cast<int>(weights.size());
-  p.widths[0] = static_cast<int>(coordinates.size(1));
+  p.widths[0] = static_cast<int>(weights[0].size(1));
+  p.windowed = coordinates.size(1) == p.widths[0] + 1;
+  expect("coordinates", "columns", p.widths[0] + p.windowed, coordinates.size(1));
   for (int n = 0; n < p.layers; ++n) {
     expect_like("weights", weights[n], weights[0]);
     expect_like("biases", biases[n], weights[0]);

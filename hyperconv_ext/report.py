@@ -69,7 +69,7 @@ def _hypernet_line(conv: HyperConvNd, backend: str) -> str:
         return f"{type(conv.hypernet).__name__}, run by PyTorch as the module it is"
     device = backends.describe(conv.taps.device)
     dtype = backends.dtype_name(conv.coefficients.dtype)
-    widths = widths_of(mlp.coordinates, mlp.weights)
+    widths = widths_of(mlp.weights)
     engine, reason = planner.mlp_backend(widths, dtype, device, backend)
     if not engine:
         return f"PyTorch ({reason})"

@@ -38,6 +38,11 @@ def tap_coordinates(
     return tap_grid(counts, coordinates, (1.0,) * len(counts), dtype)
 
 
+def window_of(taps: Tensor, scale: Tensor) -> Tensor:
+    """(1 + |x / scale|^2)^-2 `[K, 1]` at the coordinates x `[K, D]`; 1 at the centre, nowhere 0."""
+    return (1 + (taps / scale.to(taps.dtype)).square().sum(1, keepdim=True)) ** -2
+
+
 def tap_grid(
     counts: Sequence[Tensor], coordinates: str, spacing: Sequence[float], dtype: torch.dtype
 ) -> Tensor:

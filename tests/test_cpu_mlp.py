@@ -33,6 +33,8 @@ CASES = (
     (3, (5, 12), 343),
     (1, (70, 2), 31),
 )
+# gain, linear output, constant, window
+SETTINGS = ((1.0, True, True, False), (1.3, False, False, True), (0.4, True, False, True))
 Parameters = tuple[list[Tensor], list[Tensor]]
 
 
@@ -83,10 +85,10 @@ def _floor(dtype: torch.dtype, activation: str) -> float:
 def test_values_and_gradients(
     dims: int, widths: tuple[int, ...], taps: int, activation: str, dtype: torch.dtype
 ) -> None:
-    coordinates = torch.randn(taps, dims)
     parameters = _draw(dims, widths, dtype)
     exact = tuple([tensor.double() for tensor in tensors] for tensors in parameters)
-    for gain, linear, constant in ((1.0, True, True), (1.3, False, False), (0.4, True, False)):
+    for gain, linear, constant, window in SETTINGS:
+        coordinates = torch.randn(taps, dims + window)
         settings = (activation, gain, linear)
         grad = torch.randn(widths[-1] + constant, taps).to(torch.promote_types(dtype, torch.float32))
         actual = _by_engine(coordinates, parameters, settings, grad)

@@ -129,7 +129,8 @@ def share_of_the_hypernet(layer: HyperConvNd) -> float:
     def basis(*parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
         features = torch.func.functional_call(layer.hypernet, given, (layer.taps,))
-        return layer.mixing(features)
+        window = layer.mixing.window_at(layer.taps)
+        return layer.mixing(features if window is None else window * features)
 
     parameters = tuple(layer.hypernet.parameters())
     jacobian = torch.func.jacrev(basis, tuple(range(len(parameters))), chunk_size=256)(*parameters)

@@ -64,10 +64,10 @@ constexpr int kMaxLayers = 16;
 // The coordinate MLP, see hyperconv_ext/backends/reference.py. Parameters are contiguous float (or double).
 struct Mlp {
   int32_t dtype;  // kFloat or kDouble
-  int32_t taps, layers, activation, linear_output, constant, threads;
+  int32_t taps, layers, activation, linear_output, constant, threads, windowed;
   int32_t widths[kMaxLayers + 1];
   double slope, gain;
-  const void* coordinates;  // [K, widths[0]]
+  const void* coordinates;  // [K, widths[0]], or with a window, if `windowed`, one column more
   const void* weight[kMaxLayers];
   const void* bias[kMaxLayers];
   void* basis;            // [R, K], written by the forward pass

@@ -256,14 +256,26 @@ void clear_padding(const Span& s, T* data, int64_t rows) {
   }
 }
 
+// Columns [column, column + count) of the coordinates, one of which is the window's.
 template <class T>
-void read_coordinates(const Mlp& p, const Span& s, T* rows) {
-  const int64_t dims = p.widths[0];
-  const T* from = static_cast<const T*>(p.coordinates) + s.first * dims;
-  for (int64_t d = 0; d < dims; ++d) {
-    for (int64_t k = 0; k < s.taps; ++k) rows[d * s.size + k] = from[k * dims + d];
+void read_coordinates(const Mlp& p, const Span& s, int64_t column, int64_t count, T* rows) {
+  const int64_t columns = p.widths[0] + p.windowed;
+  const T* from = static_cast<const T*>(p.coordinates) + s.first * columns + column;
+  for (int64_t d = 0; d < count; ++d) {
+    for (int64_t k = 0; k < s.taps; ++k) rows[d * s.size + k] = from[k * columns + d];
   }
-  clear_padding(s, rows, dims);
+  clear_padding(s, rows, count);
+}
+
+// Each of `count` rows times the window, if there is one.
+template <class T>
+void apply_window(const Mlp& p, int64_t size, const T* window, T* rows, int64_t count) {
+  for (int64_t r = 0; p.windowed && r < count; ++r) {
+    for (int64_t k = 0; k < size; k += kLanes<T>) {
+      T* to = rows + r * size + k;
+      store<T>(to, load(window + k) * load(to));
+    }
+  }
 }
 
 template <class T>
@@ -298,18 +310,20 @@ template <class T>
 Status forward(const Mlp& p, ParallelFor parallel_for) {
   int64_t width = 1;
   for (int n = 0; n <= p.layers; ++n) width = p.widths[n] > width ? p.widths[n] : width;
-  const Blocks<T> blocks(p, 2 * width);
+  const Blocks<T> blocks(p, 2 * width + 1);
   int32_t status = kDone;
   auto worker = [&](auto& next) {
     const int64_t rows = width * blocks.block * kLanes<T>;
-    Room<T> room(2 * rows);
+    Room<T> room(2 * rows + blocks.block * kLanes<T>);
     if (room.failed()) return __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
     for (int64_t task; (task = next()) >= 0;) {
       const int64_t vector = task * blocks.block, left = blocks.vectors - vector;
       const Span s = Span::of<T>(p, vector, left < blocks.block ? left : blocks.block);
-      T *inputs = room.get(), *outputs = inputs + rows;
-      read_coordinates(p, s, inputs);
+      T *inputs = room.get(), *outputs = inputs + rows, *window = outputs + rows;
+      read_coordinates(p, s, 0, p.widths[0], inputs);
+      read_coordinates(p, s, p.widths[0], p.windowed, window);
       for (int n = 0; n < p.layers; ++n) {
+        if (n == p.layers - 1) apply_window(p, s.size, window, inputs, p.widths[n]);
         evaluate<false, T>(p, n, s.size, inputs, outputs, nullptr);
         T* swapped = inputs;
         inputs = outputs;
@@ -330,7 +344,7 @@ Status forward(const Mlp& p, ParallelFor parallel_for) {
 // Where a block keeps the inputs of every layer, and the derivatives by its W h + b of first its
 // outputs, then the result: rows of the block's memory. And where each layer's gradients are in a sum.
 struct Layout {
-  int64_t inputs[kMaxLayers], deltas[kMaxLayers], rows = 0;
+  int64_t inputs[kMaxLayers], deltas[kMaxLayers], window = 0, rows = 1;
   int64_t weights[kMaxLayers], biases[kMaxLayers], gradients = 0;
   explicit Layout(const Mlp& p) {
     for (int n = 0; n < p.layers; ++n) {
@@ -350,10 +364,17 @@ template <class T>
 void add_block(const Mlp& p, const Layout& layout, const Span& s, T* block, T* sums) {
   const int last = p.layers - 1;
   auto row = [&](int64_t index) { return block + index * s.size; };
-  read_coordinates(p, s, row(layout.inputs[0]));
+  T* window = row(layout.window);
+  read_coordinates(p, s, 0, p.widths[0], row(layout.inputs[0]));
+  read_coordinates(p, s, p.widths[0], p.windowed, window);
+  if (last == 0) apply_window(p, s.size, window, row(layout.inputs[0]), p.widths[0]);
   for (int n = 0; n < last; ++n) {
-    T* outputs = row(layout.inputs[n + 1]);
-    evaluate<true>(p, n, s.size, row(layout.inputs[n]), outputs, row(layout.deltas[n]));
+    T *outputs = row(layout.inputs[n + 1]), *slopes = row(layout.deltas[n]);
+    evaluate<true>(p, n, s.size, row(layout.inputs[n]), outputs, slopes);
+    if (n + 1 == last) {
+      apply_window(p, s.size, window, outputs, p.widths[last]);
+      apply_window(p, s.size, window, slopes, p.widths[last]);
+    }
     clear_padding(s, outputs, p.widths[n + 1]);
   }
   T* delta = row(layout.deltas[last]);

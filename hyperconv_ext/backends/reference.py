@@ -69,6 +69,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def has_window(coordinates: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether there is a window beside the coordinates that the first layer takes."""
+    return coordinates.shape[1] > weights[0].shape[1]
+
+
 def coordinate_mlp(
     coordinates: Tensor,
     weights: Sequence[Tensor],
@@ -85,7 +90,8 @@ def coordinate_mlp(
     give the same function, which a step of gradient descent on them moves weight_gain**2 times as far.
 
     Args:
-        coordinates: `[K, D]`.
+        coordinates: `[K, D]`; or `[K, D + 1]`, whose last column is a window: the features that the
+            last layer takes are multiplied by it.
         weights: per layer `[features, previous features]`.
         biases: per layer `[features]`.
         activation: a key of `ACTIVATIONS`.
@@ -97,9 +103,11 @@ def coordinate_mlp(
         `[R, K]`, R = N or N + 1, in float64 if the weights are, else in float32.
     """
     dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    hidden = coordinates.to(dtype)
-    last = len(weights) - 1
+    points, last = coordinates.to(dtype), len(weights) - 1
+    hidden = points[:, : weights[0].shape[1]]
     for index, (weight, offset) in enumerate(zip(weights, biases, strict=True)):
+        if index == last and has_window(coordinates, weights):
+            hidden = hidden * points[:, -1:]
         hidden = product(hidden, weight.to(dtype).t()) + offset.to(dtype)
         if index < last or not linear_output:
             hidden = ACTIVATIONS[activation](hidden if weight_gain == 1 else weight_gain * hidden)

@@ -1,13 +1,15 @@
-"""The map by which the basis functions start orthonormal over the taps."""
+"""The map by which the basis functions start orthonormal over the taps, and their window."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..backends.library import product
 from ..ops.sharding import replicated, whole
 from .inspection import calls_forward_only
@@ -15,10 +17,12 @@ from .mlp import DEPENDENT
 
 
 class BasisMixing(nn.Module):
-    """phi = C f + c: the fixed linear map by which the basis functions start orthonormal.
+    """phi = C (w f) + c: the fixed map by which the basis functions start orthonormal.
 
-    C and c are buffers: a state that training does not touch, and that loading restores. The engines
-    take them as one more, linear, layer of the MLP.
+    w is 1, or a window over the taps, (1 + |x / s|^2)^-2 at the coordinates x. C, c and the scale s are
+    buffers: a state that training does not touch, and that loading restores, even whether there is a
+    window. The engines take C and c as one more, linear, layer of the MLP, and w as one more column of
+    its coordinates.
 
     Args:
         num_features: N, the number of features f.
@@ -29,6 +33,7 @@ class BasisMixing(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    window: Tensor | None  # s [D]
 
     def __init__(
         self, num_features: int, constant: bool, layer: nn.Module, device: Any = None, dtype: Any = None
@@ -39,10 +44,26 @@ class BasisMixing(nn.Module):
         self.__dict__["_layer"] = layer  # no child of this
         self.register_buffer("weight", torch.eye(rank, num_features, device=device, dtype=dtype))
         self.register_buffer("bias", torch.zeros(rank, device=device, dtype=dtype))
+        self.register_buffer("window", None)
+        self.__dict__["_windowed"] = ops.Windowed()
+
+    def place(self, scale: Sequence[float] | None) -> None:
+        """A window of this scale, in units of the coordinates by axis; or none."""
+        self.window = None if scale is None else self.weight.new_tensor(scale)
+
+    def points(self, taps: Tensor) -> Tensor:
+        """The coordinates `[K, D]`, with a window `[K, D + 1]`, as the operators take them."""
+        scale = self._buffers.get("window")  # not there in what was pickled before there was one
+        return taps if scale is None else self._windowed.of(taps, scale)  # type: ignore[operator, union-attr]
+
+    def window_at(self, taps: Tensor) -> Tensor | None:
+        """w `[K, 1]` at the coordinates; None: 1 everywhere."""
+        points = self.points(taps)
+        return None if points is taps else points[:, -1:]
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Make the rows of phi orthonormal over the taps for these features `[K, N]`.
+        """Make the rows of phi orthonormal over the taps for these features `[K, N]`, windowed.
 
         Symmetrically (Lowdin 1950): of all orthonormal sets the nearest to the features, once those are
         freed of their mean and scaled to a length of 1. It is unique, and where the features depend
@@ -70,7 +91,7 @@ class BasisMixing(nn.Module):
             target.copy_(replicated(value.to(whole(target)), target))
 
     def forward(self, features: Tensor) -> Tensor:
-        """phi `[R, K]` of features `[K, N]`, in float32 at least."""
+        """phi `[R, K]` of features `[K, N]`, windowed, in float32 at least."""
         wide = torch.promote_types(features.dtype, torch.float32)
         weight, bias = (replicated(t.to(wide), features) for t in (self.weight, self.bias))
         return product(weight, features.to(wide).T) + bias.unsqueeze(1)
@@ -84,6 +105,13 @@ class BasisMixing(nn.Module):
         if type(like) is nn.Parameter:
             return weight, bias  # type: ignore[return-value]
         return replicated(weight, like), replicated(bias, like)  # type: ignore[arg-type]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            scale, present = state_dict.get(f"{prefix}window"), self._buffers.get("window") is not None
+            if (scale is not None) != present:
+                self.window = None if scale is None else self.weight.new_empty(scale.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Draw the layer anew, and fit this to it."""

@@ -253,7 +253,7 @@ class CoordinateMLP(nn.Module):
             layer.reset_parameters()  # type: ignore[operator]
 
     @torch.no_grad()
-    def align(self, coordinates: Tensor, centered: bool) -> None:
+    def align(self, coordinates: Tensor, centered: bool, window: Tensor | None = None) -> None:
         """Set the last layer so that it takes the principal components of its inputs over the taps.
 
         These are the smoothest functions that the layers before it can express, and as they are
@@ -266,6 +266,9 @@ class CoordinateMLP(nn.Module):
         Args:
             coordinates: `[K, D]`.
             centered: whether the mean over the taps is taken off first.
+            window: `[K, 1]`, of features that are to be multiplied by it: then the components are those
+                of the products, centred by weighted means, and the last feature is constant at first,
+                so that the window itself is among the products.
         """
         *others, last = self.layers
         if not others or not isinstance(last, MLPLayer) or last.out_features > last.in_features:
@@ -273,17 +276,27 @@ class CoordinateMLP(nn.Module):
         with without_autocast(coordinates.device):
             inputs = whole(self._through(others, coordinates)).to("cpu", torch.float64)
         mean = inputs.mean(0) if centered else inputs.new_zeros(inputs.shape[1])
-        _, lengths, components = torch.linalg.svd(inputs - mean, full_matrices=False)
+        scale, features, total = inputs.new_ones(len(inputs), 1), last.out_features, float(len(inputs))
+        if window is not None:
+            scale = whole(window).to(inputs)
+            total = float(scale.square().sum())
+            mean = (scale.square() * inputs).sum(0) / total
+            features -= 1
+        _, lengths, components = torch.linalg.svd(scale * (inputs - mean), full_matrices=False)
         present = lengths > max(DEPENDENT * lengths[0].item(), 1e-12)
-        features, count = last.out_features, int(present.sum())
+        count = int(present.sum())
         if count == 0:
             return
         mixture = torch.eye(features, count, device="cpu").to(inputs)
         if features > count:
             mixture = nn.functional.normalize(torch.randn(features, count, device="cpu").to(inputs))
-        white = components[present] / lengths[present, None] * math.sqrt(len(inputs))
+        white = components[present] / lengths[present, None] * math.sqrt(total)
         weight = _AMPLITUDE / self.weight_gain * mixture @ white
-        for name, value in (("weight", weight), ("bias", -weight @ mean)):
+        bias = -weight @ mean
+        if window is not None:
+            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+            bias = torch.cat([bias, bias.new_full((1,), 1 / self.weight_gain)])
+        for name, value in (("weight", weight), ("bias", bias)):
             overwrite(last, name, value.to(whole(getattr(last, name))))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

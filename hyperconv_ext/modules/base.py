@@ -267,15 +267,16 @@ class HyperConvNd(nn.Module, ABC):
         if layers is None:
             return None
         weights, biases = layers
-        taps = self._taps(weights[0])
+        points = self._taps(weights[0])
+        settings = hypernet.activation, hypernet.weight_gain
         if mixing is None:
-            return ops.Mlp(taps, weights, biases, hypernet.activation, hypernet.weight_gain)
+            return ops.Mlp(points, weights, biases, *settings)
         last = mixing.linear(weights[0])
         if last is None:
             return None
         weights.append(last[0])
         biases.append(last[1])
-        return ops.Mlp(taps, weights, biases, hypernet.activation, hypernet.weight_gain, True)
+        return ops.Mlp(mixing.points(points), weights, biases, *settings, True)
 
     def _features(self) -> int:
         """N, asked of a hyper-network that is not ours by calling it once; before there is a mixing."""
@@ -297,7 +298,9 @@ class HyperConvNd(nn.Module, ABC):
                 f"hypernet: expected a module from coordinates [{count}, {self.dims}] to features "
                 f"[{count}, N], got {got}; return one row per tap"
             )
-        return features
+        mixing = self._modules.get("mixing")
+        window = None if mixing is None else mixing.window_at(self._taps(features))  # type: ignore[operator]
+        return features if window is None else features * window.to(features.dtype)
 
     def reset_parameters(self) -> None:
         """Draw parameters so that the layer starts, and learns, as nn.ConvNd does.
@@ -307,8 +310,9 @@ class HyperConvNd(nn.Module, ABC):
         drawn such that the response to constant inputs has nn.ConvNd's variance, 1 / 3 of the input's
         mean square, and that to white noise a little less (see `modules/start.py`). The features are
         the principal components of the last hidden layer, the smoothest functions that it can
-        express. A hyper-network that is no `CoordinateMLP` stays as it is, and phi is made
-        orthonormal for its present features. With
+        express, under a window where the kernel has 9 taps or more along two axes. A hyper-network
+        that is no `CoordinateMLP` stays as it is, and phi is made orthonormal for its present
+        features. With
         `weight_norm='batch'` the norm's scale and shift set the deviation of W and of its mean.
 
         In the `'published'` one all linear layers are drawn by `he_normal`, biases 0, and a norm starts

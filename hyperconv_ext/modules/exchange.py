@@ -199,6 +199,8 @@ def _fitted(
     begin = time.perf_counter()
     layer = make(rank)
     mixing = layer.mixing
+    if mixing is not None:
+        mixing.place(None)  # the given kernels say where they are large
     fitting.fit(
         layer.hypernet,
         layer.taps,

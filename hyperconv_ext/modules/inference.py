@@ -141,8 +141,9 @@ def _of_table(layer: HyperConvNd) -> _Sources | None:
         return None
     if layer.mixing is None:
         return (table.table,), ()
-    mixed = layer.mixing.linear(table.table)
-    return None if mixed is None else ((table.table, *mixed), ())
+    mixed, window = layer.mixing.linear(table.table), layer.mixing._buffers.get("window")
+    scale = () if window is None else (window,)
+    return None if mixed is None else ((table.table, *mixed, *scale), ())
 
 
 def convolve_by_kept(layer: HyperConvNd, input: Tensor, spaces: tuple[Any, ...]) -> Tensor | None:

@@ -209,7 +209,9 @@ class HyperConv2d(_HyperConv):
 
     By default it learns with the recipe of the convolution it replaces: phi = C f + c, a fixed mixing of
     the features f that makes the functions orthonormal over the taps at the start, the constant function
-    among them. A step of gradient descent by A is then nn.Conv2d's own step, projected on them.
+    among them. A step of gradient descent by A is then nn.Conv2d's own step, projected on them. For
+    kernels of 9 taps and more along two axes phi = C (w f) + c with a window w = (1 + (r / 3)^2)^-2 at
+    r taps from the centre, about which most is learned of them; unless a `hypernet` is given.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `nn.Conv2d`.
@@ -236,7 +238,8 @@ class HyperConv2d(_HyperConv):
     Attributes:
         coefficients: Parameter `[C_out, C_in/groups, N + weight_bias]`, A (before `weight_norm`).
         hypernet: `CoordinateMLP`, or the module given.
-        mixing: `BasisMixing`, which holds C and c as buffers, or None in the published form.
+        mixing: `BasisMixing`, which holds C, c and the scale of a window as buffers, or None in the
+            published form.
         bias: Parameter `[C_out]` or None.
         weight: W `[C_out, C_in/groups, kh, kw]`, built on demand, differentiable.
         fit_result: `FitResult` of a layer that `from_conv(init='fit')` made, else None.

@@ -2,7 +2,7 @@
 
 from . import flops, sharding
 from .convolution import basis_conv, form, resolve
-from .coordinates import taps_beside
+from .coordinates import Windowed, taps_beside
 from .execution import problem_of
 from .hyper import Mlp, Step, hyper_conv, step, step_key
 from .mlp import coordinate_mlp
@@ -11,6 +11,7 @@ from .registry import can_skip_dispatch, keep_operators
 __all__ = [
     "Mlp",
     "Step",
+    "Windowed",
     "basis_conv",
     "can_skip_dispatch",
     "coordinate_mlp",

@@ -1,4 +1,5 @@
-"""Coordinates of a kernel's taps beside the parameters that need them; their operator in a graph."""
+"""Coordinates of a kernel's taps beside the parameters that need them; their operator in a graph; and a
+window beside the coordinates."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..compilation import compiling, in_graph
-from ..taps import tap_grid
-from .registry import exporting, register
-from .sharding import distributed
+from ..taps import tap_grid, window_of
+from .registry import can_skip_dispatch, exporting, register
+from .sharding import distributed, replicated
 
 _SCHEMA = (
     "tap_coordinates(Tensor like, int[] kernel_size, str coordinates, float[] spacing, "
@@ -86,6 +87,46 @@ def _derived(like: Tensor, grid: _Grid) -> Tensor:
     else:
         counts = [torch.arange(size, device=like.device) for size in grid[0]]
     return tap_grid(counts, *grid[1:])
+
+
+def with_window(taps: Tensor, scale: Tensor) -> Tensor:
+    """`[K, D + 1]`: the coordinates `[K, D]` and `window_of` them."""
+    return torch.cat([taps, window_of(taps, replicated(scale, taps))], 1)
+
+
+class Windowed:
+    """`with_window` of the operands of the last calls, so that a step launches nothing for it.
+
+    Copies and pickles begin without.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor, Any, Tensor | None] | None = None
+
+    def __reduce__(self) -> Any:
+        """A new one, when copied or pickled."""
+        return Windowed, ()
+
+    def of(self, taps: Tensor, scale: Tensor) -> Tensor:
+        """For reading only."""
+        if compiling() or torch._C._get_tracing_state() or not can_skip_dispatch((taps, scale)):
+            return with_window(taps, scale)
+        if scale.is_inference() or _capturing(taps):
+            return with_window(taps, scale)
+        # On another device the numbers cannot be had without waiting for it. What changes at each call,
+        # as buffers do that are broadcast at each step, is not waited for.
+        stamp = tuple(scale.tolist()) if scale.is_cpu else scale._version
+        if self._kept is None or self._kept[0] is not taps or self._kept[1] is not scale:
+            known, kept = taps.is_cpu, None
+        else:
+            _, _, before, kept = self._kept
+            known = taps.is_cpu or stamp == before
+            kept = kept if stamp == before else None
+        if kept is None and known:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = with_window(taps.cpu(), scale.detach().cpu()).to(taps.device)
+        self._kept = taps, scale, stamp, kept
+        return with_window(taps, scale) if kept is None else kept
 
 
 def _register() -> None:

@@ -54,7 +54,7 @@ def _joint(*args: Any) -> int:
 
 def _mlp(coordinates: Tensor, weights: list[Tensor], first: int) -> int:
     """One product of every layer from number `first` on, at all taps."""
-    widths = (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+    widths = (weights[0].shape[1], *[weight.shape[0] for weight in weights])
     return 2 * coordinates.shape[0] * sum(a * b for a, b in list(pairwise(widths))[first:])
 
 

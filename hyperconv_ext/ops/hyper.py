@@ -48,7 +48,7 @@ _SCHEMA = (
 
 
 class Mlp(NamedTuple):
-    """The coordinate MLP of `backends.reference.coordinate_mlp`."""
+    """The coordinate MLP of `backends.reference.coordinate_mlp`; the coordinates may have a window."""
 
     coordinates: Tensor
     weights: Sequence[Tensor]

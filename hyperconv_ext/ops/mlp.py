@@ -105,9 +105,9 @@ def _function(
     return function
 
 
-def widths_of(coordinates: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
+def widths_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
     """(D, outputs of every layer)."""
-    return (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+    return (weights[0].shape[1], *[weight.shape[0] for weight in weights])
 
 
 def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> ModuleType | None:
@@ -115,9 +115,7 @@ def engine_of(coordinates: Tensor, weights: Sequence[Tensor], backend: str) -> M
     # The kernels differentiate by the parameters alone.
     if coordinates.requires_grad or distributed((coordinates, *weights)):
         return None
-    return engine(
-        widths_of(coordinates, weights), weights[0].dtype, backends.describe(coordinates.device), backend
-    )
+    return engine(widths_of(weights), weights[0].dtype, backends.describe(coordinates.device), backend)
 
 
 @memoize

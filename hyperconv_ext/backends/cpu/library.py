@@ -76,7 +76,7 @@ class Mlp(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("dtype", "taps", "layers", "activation", "linear_output")),
-        *((name, c_int32) for name in ("constant", "threads")),
+        *((name, c_int32) for name in ("constant", "threads", "windowed")),
         ("widths", c_int32 * (MAX_LAYERS + 1)),
         *((name, c_double) for name in ("slope", "gain")),
         ("coordinates", c_void_p),

@@ -53,7 +53,8 @@ def _header(
     threads: int,
 ) -> bytes:
     """A `library.Mlp` without its tensors, whose shapes these are."""
-    widths = (coordinates[-1], *[bias[0] for bias in biases])
+    windowed = bool(weights) and coordinates[-1] == weights[0][-1] + 1
+    widths = (coordinates[-1] - windowed, *[bias[0] for bias in biases])
     expected = tuple((rows, columns) for columns, rows in pairwise(widths))
     if weights != expected or not 0 < len(weights) <= library.MAX_LAYERS:
         raise ValueError(
@@ -72,6 +73,7 @@ def _header(
         linear_output=linear_output,
         constant=constant,
         threads=threads,
+        windowed=windowed,
         slope=LEAKY_SLOPE,
         gain=weight_gain,
     )

@@ -67,6 +67,7 @@ class _Network:
     operands: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], float]  # the last: the gain
     activation: str
     linear_output: bool
+    windowed: bool  # the coordinates have one column more
 
     @classmethod
     def of(
@@ -82,13 +83,14 @@ class _Network:
         offsets = tuple([bias.contiguous() for bias in biases])
         # A float whatever the caller's number: an integer would be compiled in.
         operands = (coordinates.contiguous(), kernels, offsets, float(weight_gain))
-        return cls(operands, activation, linear_output)
+        windowed = coordinates.shape[1] > weights[0].shape[1]
+        return cls(operands, activation, linear_output, windowed)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """(D, features of every layer)."""
-        coordinates, weights, *_ = self.operands
-        return (coordinates.shape[1], *[weight.shape[0] for weight in weights])
+        weights = self.operands[1]
+        return (weights[0].shape[1], *[weight.shape[0] for weight in weights])
 
     @property
     def block(self) -> int:
@@ -206,6 +208,7 @@ def _prepare(
         widths=network.widths if network else (),
         activation=network.activation if network else "",
         linear_output=network.linear_output if network else False,
+        windowed=network.windowed if network else False,
         TP=tile.positions,
         BB=band_block,
         BL=_BAND,
@@ -460,6 +463,7 @@ def coordinate_mlp_fwd(
         network.widths,
         activation,
         linear_output,
+        network.windowed,
         CONSTANT=constant,
         BW=network.block,
         BK=_TAPS,
@@ -491,6 +495,7 @@ def coordinate_mlp_bwd(
         network.widths,
         activation,
         linear_output,
+        network.windowed,
         BW=network.block,
         BK=_TAPS,
         num_warps=network.warps,

@@ -65,6 +65,13 @@ def _weight(weight, rows: tl.constexpr, columns: tl.constexpr, BW: tl.constexpr)
 
 
 @triton.jit
+def _window(coordinates, k, taps, widths: tl.constexpr):
+    """What the inputs of the last layer are multiplied by at taps `k` [BK], [BK, 1]."""
+    window = coordinates + k * (widths[0] + 1) + widths[0]
+    return tl.load(window, mask=k < taps, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def _layer(
     coordinates,
     weights,
@@ -75,17 +82,21 @@ def _layer(
     widths: tl.constexpr,
     depth: tl.constexpr,
     activation: tl.constexpr,
+    windowed: tl.constexpr,
     BW: tl.constexpr,
 ):
     """(input, preactivation), each [BK, BW], of layer `depth` at taps `k` [BK]."""
     i = tl.arange(0, BW)
     valid = (k < taps)[:, None] & (i < widths[0])[None, :]
-    hidden = tl.load(coordinates + k[:, None] * widths[0] + i[None, :], mask=valid, other=0.0)
+    points = coordinates + k[:, None] * (widths[0] + windowed)
+    hidden = tl.load(points + i[None, :], mask=valid, other=0.0)
     hidden = hidden.to(tl.float32)
     h = hidden
     for n in tl.static_range(depth + 1):
         if n > 0:
             hidden = _activate(gain * h, activation)
+        if windowed and n == len(widths) - 2:
+            hidden = hidden * _window(coordinates, k, taps, widths)
         weight = _weight(weights[n], widths[n + 1], widths[n], BW)
         bias = tl.load(biases[n] + i, mask=i < widths[n + 1], other=0.0).to(tl.float32)
         h = tl.dot(hidden, tl.trans(weight), input_precision="ieee") + bias[None, :]
@@ -100,11 +111,12 @@ def evaluate(
     widths: tl.constexpr,
     activation: tl.constexpr,
     linear_output: tl.constexpr,
+    windowed: tl.constexpr,
     BW: tl.constexpr,
 ):
     """Features [BK, BW] at taps `k` of an MLP (coordinates, weights, biases, weight gain)."""
     depth: tl.constexpr = len(widths) - 2
-    _, h = _layer(mlp[0], mlp[1], mlp[2], mlp[3], k, taps, widths, depth, activation, BW)
+    _, h = _layer(mlp[0], mlp[1], mlp[2], mlp[3], k, taps, widths, depth, activation, windowed, BW)
     if not linear_output:
         h = _activate(mlp[3] * h, activation)
     return h
@@ -112,14 +124,15 @@ def evaluate(
 
 @triton.jit(do_not_specialize=["taps"])
 def mlp_kernel(
-    # coordinates [K, D], per layer weights [features, previous features] and biases [features], the gain
-    # of the activated layers
+    # coordinates [K, D], and if `windowed` one column more, per layer weights [features, previous
+    # features] and biases [features], the gain of the activated layers
     mlp,
     basis,  # float32 [R, K]
     taps,
     widths: tl.constexpr,
     activation: tl.constexpr,
     linear_output: tl.constexpr,
+    windowed: tl.constexpr,
     CONSTANT: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
@@ -127,7 +140,7 @@ def mlp_kernel(
     """basis[n, k] = feature n at tap k; one more row of ones if CONSTANT."""
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     features: tl.constexpr = widths[len(widths) - 1]
-    phi = evaluate(mlp, k, taps, widths, activation, linear_output, BW)
+    phi = evaluate(mlp, k, taps, widths, activation, linear_output, windowed, BW)
     n = tl.arange(0, BW)
     valid = (k < taps)[:, None] & (n < features)[None, :]
     tl.store(basis + n[None, :] * taps + k[:, None], phi, mask=valid)
@@ -149,6 +162,7 @@ def mlp_backward_kernel(
     widths: tl.constexpr,
     activation: tl.constexpr,
     linear_output: tl.constexpr,
+    windowed: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -177,8 +191,11 @@ def mlp_backward_kernel(
                         widths,
                         layers - 1 - above,
                         activation,
+                        windowed,
                         BW,
                     )
+                    if windowed and above == 1:
+                        delta = delta * _window(coordinates, k, taps, widths)
                     if above > 0 or not linear_output:
                         delta = delta * (gain * _slope(gain * h, activation))
                     if layers - 1 - above == target:

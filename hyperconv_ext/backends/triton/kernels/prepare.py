@@ -186,6 +186,7 @@ def _write_taps(
     widths: tl.constexpr,
     activation: tl.constexpr,
     linear_output: tl.constexpr,
+    windowed: tl.constexpr,
     TP: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
@@ -195,7 +196,7 @@ def _write_taps(
     k = pid * BK + tl.arange(0, BK)
     n = tl.arange(0, BW)
     features: tl.constexpr = widths[len(widths) - 1]
-    phi = evaluate(mlp, k, taps, widths, activation, linear_output, BW)  # [BK, BW]
+    phi = evaluate(mlp, k, taps, widths, activation, linear_output, windowed, BW)  # [BK, BW]
     present = (k < taps)[:, None] & (n < features)[None, :]
     constant = k < tl.where(rank > features, taps, 0)
     tl.store(computed + n[None, :] * taps + k[:, None], phi, mask=present)
@@ -336,7 +337,7 @@ def _write_coefficients(
 )
 def prepare_kernel(
     basis,  # [R, K]; None if an MLP computes it
-    mlp,  # (coordinates [K, D], weights, biases, weight gain), or None
+    mlp,  # as of `mlp_kernel`, or None
     computed,  # [R, K] or None
     norms,  # float32 [rows, R]: what SCALED coefficients without a basis are scaled by; or None
     scales,  # float32 [R], written: what sums of SCALED factors are to be multiplied by; or None
@@ -357,6 +358,7 @@ def prepare_kernel(
     widths: tl.constexpr,
     activation: tl.constexpr,
     linear_output: tl.constexpr,
+    windowed: tl.constexpr,
     TP: tl.constexpr,
     BB: tl.constexpr,
     BL: tl.constexpr,
@@ -383,6 +385,7 @@ def prepare_kernel(
                 widths,
                 activation,
                 linear_output,
+                windowed,
                 TP,
                 BW,
                 BK,
