@@ -212,6 +212,7 @@ def test_vmap_over_no_examples(backend: str, device) -> None:
         assert gradients[name].shape == (0, *parameter.shape)
 
 
+@interpreted()
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_compiled_transforms(backend: str, device, compiler) -> None:
     """torch.compile of grad, of vmap and of jvp, in one graph each."""

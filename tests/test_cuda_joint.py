@@ -21,6 +21,7 @@ from hyperconv_ext.layout import new_activation
 from hyperconv_ext.ops import execution
 from hyperconv_ext.problem import JOINT, OPS, Plan, Problem, Wanted
 
+from .conftest import swept
 from .oracle import check, relative_error
 from .test_cuda_wgmma import (
     ERRORS,
@@ -128,6 +129,7 @@ def true_gradients(case: Case, grad: Tensor, *operands: Tensor) -> tuple[Tensor,
     return torch.autograd.grad(y, leaves, grad)
 
 
+@swept(lambda row: row["case"].batch > 1 and (row["mode"] == "late") == row["deterministic"])
 @runs
 @pytest.mark.parametrize(
     ("dtype", "deterministic"), [(torch.bfloat16, True), (torch.float16, False)], ids=str

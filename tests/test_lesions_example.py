@@ -152,6 +152,7 @@ def test_costs_are_measured_in_turn_and_at_their_peak(load: Load) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_large_kernels_measures_trains_and_draws(load: Load, tmp_path: Path) -> None:
     large = load("large_kernels")
     files = large.main([*tiny(tmp_path), "--tasks", "lesions", "--kernels", "3", "7"])

@@ -100,6 +100,7 @@ def test_no_weight(backend: str, device) -> None:
     assert _step("reference", channels, size, kernel, device) >= weight
 
 
+@interpreted()
 @every_fused_backend
 def test_no_responses(backend: str, device) -> None:
     """z is R = 5 times the input; the composite backend forms it."""
