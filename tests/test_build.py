@@ -398,6 +398,7 @@ def test_which_flags_a_compiler_knows() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep  # the set-up has built the engine
 @needs_compiler
 def test_wheel_with_the_cpu_engine(project: Path, tmp_path: Path) -> None:
     """Compiled without warnings, it serves every Python, in an environment without a compiler."""
@@ -440,7 +441,7 @@ for name in {[schema.partition("(")[0] for schema in schemas.SCHEMAS]!r}:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep  # every kernel is compiled; those of sm_90 by test_cuda_aot.py, the CPU's above
+@pytest.mark.sweep  # compiles every kernel
 @pytest.mark.skipif(setup.find_nvcc() is None, reason="no nvcc; put it on PATH or set CUDA_HOME")
 def test_wheel_with_kernels(project: Path, tmp_path: Path) -> None:
     """Compiled for sm_90 with warnings as errors, it serves every Python and a PyTorch without CUDA."""

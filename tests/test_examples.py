@@ -79,6 +79,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_digits_reach_95_percent() -> None:
     reached = accuracies(run_digits("--device", "cpu"))
     assert set(reached) == set(TWINS)
