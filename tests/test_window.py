@@ -172,6 +172,18 @@ def test_copies(copied: Callable[[HyperConv2d], HyperConv2d]) -> None:
     assert torch.equal(copied(layer)(input), expected)
 
 
+def test_what_was_pickled_before_there_were_windows() -> None:
+    layer, input = HyperConv2d(3, 4, 5, padding=2), torch.randn(1, 3, 9, 9)
+    expected = layer(input)
+    assert layer.mixing is not None
+    state = layer.mixing.__dict__
+    del state["_buffers"]["window"], state["_windowed"]
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(input), expected)
+    again.reset_parameters()
+    assert again.with_kernel_size(11).mixing.window is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("coordinates", ["unit", "centered"])
 def test_another_kernel_size(coordinates: str) -> None:

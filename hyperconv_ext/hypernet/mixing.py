@@ -53,7 +53,7 @@ class BasisMixing(nn.Module):
 
     def points(self, taps: Tensor) -> Tensor:
         """The coordinates `[K, D]`, with a window `[K, D + 1]`, as the operators take them."""
-        scale = self._buffers.get("window")  # not there in what was pickled before there was one
+        scale = self._buffers["window"]
         return taps if scale is None else self._windowed.of(taps, scale)  # type: ignore[operator, union-attr]
 
     def window_at(self, taps: Tensor) -> Tensor | None:
@@ -108,10 +108,16 @@ class BasisMixing(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:
-            scale, present = state_dict.get(f"{prefix}window"), self._buffers.get("window") is not None
-            if (scale is not None) != present:
+            scale = state_dict.get(f"{prefix}window")
+            if (scale is None) != (self.window is None):
                 self.window = None if scale is None else self.weight.new_empty(scale.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As nn.Module, of older pickles too."""
+        super().__setstate__(state)
+        self._buffers.setdefault("window", None)
+        self.__dict__.setdefault("_windowed", ops.Windowed())
 
     def reset_parameters(self) -> None:
         """Draw the layer anew, and fit this to it."""

@@ -141,7 +141,7 @@ def _of_table(layer: HyperConvNd) -> _Sources | None:
         return None
     if layer.mixing is None:
         return (table.table,), ()
-    mixed, window = layer.mixing.linear(table.table), layer.mixing._buffers.get("window")
+    mixed, window = layer.mixing.linear(table.table), layer.mixing.window
     scale = () if window is None else (window,)
     return None if mixed is None else ((table.table, *mixed, *scale), ())
 
