@@ -150,7 +150,7 @@ def test_the_case_without_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "check", "instead"),
-    sampled(FAULTS, lambda row: row in (FAULTS[0], FAULTS[-1])),
+    sampled(FAULTS, lambda row: row is FAULTS[0]),
     ids=[f"{f}: {c}" for f, c, _ in FAULTS],
 )
 def test_a_missing_check_is_found(file: str, check: str, instead: str, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def collected(part: gpu.Part) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_what_the_parts_run() -> None:
     parts = {part.name: part for part in planned(False)}
     names = ("gate csrc", "gate triton", "tests", "host time", "memcheck", "initcheck")

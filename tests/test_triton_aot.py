@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("capability", "every"), sampled([(90, 5), (80, 1), (90, 1), (100, 1)], lambda row: row == (90, 5))
+    ("capability", "every"), sampled([(90, 10), (80, 1), (90, 1), (100, 1)], lambda row: row == (90, 10))
 )
 def test_configurations_compile_clean(capability: int, every: int) -> None:
     """All, or those of one tile in so many. In a process of its own: interpreter and compiler exclude
