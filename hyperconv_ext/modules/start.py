@@ -62,8 +62,8 @@ def window_scale(layer: HyperConvNd) -> list[float] | None:
     """Of the window over the taps, in units of the coordinates by axis; None: no window."""
     if sum(size >= _LONG for size in layer.kernel_size) < 2:
         return None
-    units = map(_unit, [layer.coordinates] * layer.dims, layer.kernel_size, layer.tap_spacing)
-    return [_WINDOW * unit for unit in units]
+    axes = zip(layer.kernel_size, layer.tap_spacing, strict=True)
+    return [_WINDOW * _unit(layer.coordinates, size, spacing) for size, spacing in axes]
 
 
 def _unit(coordinates: str, size: int, spacing: float) -> float:
@@ -137,10 +137,10 @@ def _frequency(layer: HyperConvNd, features: int) -> list[float]:
     windowed = window_scale(layer) is not None
     frequency = []
     for size in layer.kernel_size:
-        half = max((size - 1) / 2, 0.5)
-        per_tap = max(_PER_FUNCTION * growth / half, _PER_TAP)
         if windowed:
             per_tap = max(_WINDOWED_PER_FUNCTION * growth, _WINDOWED_PER_TAP)
+        else:
+            per_tap = max(_PER_FUNCTION * growth * _unit("unit", size, 1.0), _PER_TAP)
         frequency.append(per_tap / _unit(layer.coordinates, size, 1.0))
     return frequency
 

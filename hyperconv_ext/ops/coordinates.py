@@ -109,24 +109,23 @@ class Windowed:
 
     def of(self, taps: Tensor, scale: Tensor) -> Tensor:
         """For reading only."""
-        if compiling() or torch._C._get_tracing_state() or not can_skip_dispatch((taps, scale)):
-            return with_window(taps, scale)
-        if scale.is_inference() or _capturing(taps):
+        plain = not (compiling() or torch._C._get_tracing_state()) and can_skip_dispatch((taps, scale))
+        if not plain or scale.is_inference() or _capturing(taps):
             return with_window(taps, scale)
         # On another device the numbers cannot be had without waiting for it. What changes at each call,
         # as buffers do that are broadcast at each step, is not waited for.
         stamp = tuple(scale.tolist()) if scale.is_cpu else scale._version
-        if self._kept is None or self._kept[0] is not taps or self._kept[1] is not scale:
-            known, kept = taps.is_cpu, None
-        else:
-            _, _, before, kept = self._kept
-            known = taps.is_cpu or stamp == before
-            kept = kept if stamp == before else None
-        if kept is None and known:
+        known, points = False, None
+        if self._kept is not None:
+            old_taps, old_scale, old_stamp, points = self._kept
+            known = old_taps is taps and old_scale is scale and old_stamp == stamp
+        if not known:
+            points = None
+        if points is None and (known or taps.is_cpu):
             with torch.inference_mode(False), torch.no_grad():
-                kept = with_window(taps.cpu(), scale.detach().cpu()).to(taps.device)
-        self._kept = taps, scale, stamp, kept
-        return with_window(taps, scale) if kept is None else kept
+                points = with_window(taps.cpu(), scale.detach().cpu()).to(taps.device)
+        self._kept = taps, scale, stamp, points
+        return with_window(taps, scale) if points is None else points
 
 
 def _register() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...layout import new_activation
 from ...problem import Plan
 from ..lattice import Lattice
+from ..reference import has_window
 from ..scaling import scale_norms
 from ..shares import total
 from .kernels.conv import basis_kernel, direct_kernel
@@ -83,8 +84,7 @@ class _Network:
         offsets = tuple([bias.contiguous() for bias in biases])
         # A float whatever the caller's number: an integer would be compiled in.
         operands = (coordinates.contiguous(), kernels, offsets, float(weight_gain))
-        windowed = coordinates.shape[1] > weights[0].shape[1]
-        return cls(operands, activation, linear_output, windowed)
+        return cls(operands, activation, linear_output, has_window(coordinates, weights))
 
     @property
     def widths(self) -> tuple[int, ...]:
