@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
 
-.PHONY: setup test sweep oldest oldest-quick models bench experiments wheel lint docs docs-check aot gpu gpu-quick clean
+.PHONY: setup test sweep oldest oldest-quick models environments bench experiments wheel lint docs docs-check aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
 
 setup: $(READY)
@@ -44,7 +44,8 @@ OLDEST_QUICK := $(addprefix tests/test_,autograd.py hypernet.py modules.py funct
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q $(OLDEST_REQUIREMENTS)
-	$(OLDEST)/bin/python -m pip install -q -e ".[triton,test]" $(OLDEST_REQUIREMENTS)
+	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 \
+		$(OLDEST)/bin/python -m pip install -q -e ".[triton,test]" $(OLDEST_REQUIREMENTS)
 	touch $@
 
 oldest oldest-quick: BIN := $(OLDEST)/bin
@@ -63,6 +64,9 @@ $(MODELS)/.ready: pyproject.toml
 	$(MODELS)/bin/python -m pip install -q $(MODELS_TORCH)
 	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 $(MODELS)/bin/python -m pip install -q -e ".[models]"
 	touch $@
+
+# The two environments beside the first, for who wants them made while other work goes on.
+environments: $(OLDEST)/.ready $(MODELS)/.ready
 
 models: BIN := $(MODELS)/bin
 models: $(MODELS)/.ready $(ENGINE)

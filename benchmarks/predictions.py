@@ -33,7 +33,7 @@ PASSES: dict[str, tuple[Op, Wanted | None]] = {
 
 
 def _shapes(features: int) -> list[Shape]:
-    found = (replace(s, num_features=features) for s in shapes.RESNET if s.in_channels in (64, 128))
+    found = (replace(s, num_features=features) for s in shapes.RESNET if s.in_channels in (64, 128, 256))
     return sorted(found, key=lambda shape: (shape.in_channels, shape.kernel_size))
 
 

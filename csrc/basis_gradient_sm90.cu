@@ -1,8 +1,8 @@
 // basis_conv_bwd_basis by wgmma and TMA, of the geometries of basis_conv_sm90.cu: the gradient of the bands, summed
-// along their diagonals at the end. A block sums its share of the squares for 64 input channels and a pack of
-// functions. A consumer warpgroup works on a square of its own, 32 of the channels at a time:
+// along their diagonals at the end. A block sums its share of the squares for 64 input channels, kC output channels
+// and a pack of functions. A consumer warpgroup works on a square of its own, 32 of the input channels at a time:
 //
-//   u_r [4 units x 16 outputs, 32 channels]  = g [64, out] A_r' [out, 32]
+//   u_r [4 units x 16 outputs, 32 channels]  = g [64, kC] A_r' [kC, 32]
 //   d bands [patch, R x 16 outputs]         += x [patch, 32 channels] u' [32, R x 16]      (unit by unit)
 //
 // The rows of the second product are the patch, 64 positions at a time, so that a thread holds the gradients of
@@ -23,11 +23,11 @@ constexpr int kGradBytes = kUnit * 2 * kBox;  // of a unit and 64 output channel
 
 struct Parameters {
   Lattice map;
-  const void* packed;   // `prepare_cores`: [out / 16, packs * kRanks, 2, in, 8]
-  float* partial;       // [splits, in / 64, R, K]; [R, K] if atomic
+  const void* packed;   // `prepare_cores`: [in / 64, out / 16, packs * kRanks, 2, 64, 8]
+  float* partial;       // [splits, out / kC, in / 64, R, K]; [R, K] if atomic
   const float* scales;  // [R], or null
   Squares squares;
-  int in, rank, splits;
+  int in, out, rank, splits;
   bool atomic;
 };
 
@@ -58,7 +58,8 @@ class BasisGradient {
  public:
   __device__ __forceinline__ BasisGradient(const CUtensorMap* x, const CUtensorMap* g, const Parameters& p)
       : x_(x), g_(g), p_(p), base_(aligned_base()) {
-    in_ = blockIdx.x % in_blocks() * kBox;
+    piece_ = blockIdx.x % pieces();
+    in_ = piece_ % in_blocks() * kBox;
     const int share = ceil_div(ceil_div(p.squares.count, kGroups), p.splits) * kGroups;
     begin_ = split() * share;
     end_ = min(begin_ + share, p.squares.count);
@@ -79,13 +80,15 @@ class BasisGradient {
   }
 
  private:
-  // A block of [splits, packs, in / 64].
+  // A block of [splits, packs, out / kC, in / 64].
   __device__ __forceinline__ int in_blocks() const { return p_.in / kBox; }
-  __device__ __forceinline__ int split() const { return blockIdx.x / (in_blocks() * packs_of(p_.rank)); }
-  // The first function of its pack.
+  __device__ __forceinline__ int pieces() const { return p_.out / kC * in_blocks(); }
+  __device__ __forceinline__ int split() const { return blockIdx.x / (pieces() * packs_of(p_.rank)); }
+  // The first function of its pack, and the first output channel.
   __device__ __forceinline__ int first() const {
-    return static_cast<int>(blockIdx.x) / in_blocks() % packs_of(p_.rank) * kRanks;
+    return static_cast<int>(blockIdx.x) / pieces() % packs_of(p_.rank) * kRanks;
   }
+  __device__ __forceinline__ int out() const { return piece_ / in_blocks() * kC; }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base_ + L::kBarriers + 8 * i; }
   __device__ __forceinline__ uint32_t constants() const { return barrier(0); }
   __device__ __forceinline__ uint32_t full(int g, int s) const { return barrier(1 + g * L::kStages + s); }
@@ -100,12 +103,13 @@ class BasisGradient {
   // A once; of each square the halo, and g unit by unit. A square beyond the last one is all zeros.
   __device__ __forceinline__ void produce() const {
     const int origin_h = phase_origin(p_.map.axis[1], 0), origin_w = phase_origin(p_.map.axis[2], 0);
-    constexpr int kRows = kRanks * 2, kRowBytes = kBox * 16;  // of 16 output channels
+    constexpr int kPackBytes = kRanks * 16 * 2 * kBox;  // of 16 output channels
+    const int64_t packs = packs_of(p_.rank), block = in_ / kBox * (p_.out / 16) + out() / 16;
     ptx::mbarrier_expect(constants(), L::kWeightBytes);
-    for (int i = 0; i < kC / 16 * kRows; ++i) {
-      const int64_t row = i / kRows * packs_of(p_.rank) * kRows + 2 * first() + i % kRows;
-      ptx::bulk_load(base_ + L::kWeights + i * kRowBytes,
-                     static_cast<const char*>(p_.packed) + (row * p_.in + in_) * 16, kRowBytes, constants());
+    for (int i = 0; i < kC / 16; ++i) {
+      const int64_t pack = (block + i) * packs + first() / kRanks;
+      ptx::bulk_load(base_ + L::kWeights + i * kPackBytes,
+                     static_cast<const char*>(p_.packed) + pack * kPackBytes, kPackBytes, constants());
     }
     Ring<L::kStages> stage(1);
     for (int i = begin_; i < end_; i += kGroups) {
@@ -117,7 +121,7 @@ class BasisGradient {
         ptx::tensor_load(halo(g, stage.at), x_, in_, at.w + origin_w, at.h + origin_h, at.n, barrier);
         for (int c = 0; c < kC; c += kBox) {
           for (int unit = 0; unit < kSquareUnits; ++unit) {
-            ptx::tensor_load(grad(g, stage.at) + c / kBox * L::kBoxBytes + unit * kGradBytes, g_, c,
+            ptx::tensor_load(grad(g, stage.at) + c / kBox * L::kBoxBytes + unit * kGradBytes, g_, out() + c,
                              at.w + S::unit_w(unit), at.h + S::unit_h(unit), at.n, barrier);
           }
         }
@@ -235,7 +239,7 @@ class BasisGradient {
     ptx::named_barrier<kCount>(1 + kGroups);  // all sums are there
     const int height = p_.map.axis[1].kernel, width = p_.map.axis[2].kernel, taps = height * width;
     const int first = this->first();
-    const int64_t slice = p_.atomic ? 0 : split() * in_blocks() + in_ / kBox;
+    const int64_t slice = p_.atomic ? 0 : split() * pieces() + piece_;
     float* partial = p_.partial + (slice * p_.rank + first) * taps;
     for (int i = threadIdx.x - 128; i < min(kRanks, p_.rank - first) * taps; i += kCount) {
       const int r = i / taps, k = i % taps;
@@ -258,7 +262,7 @@ class BasisGradient {
   const CUtensorMap *x_, *g_;
   const Parameters& p_;
   const uint32_t base_;
-  int in_, begin_, end_;
+  int piece_, in_, begin_, end_;
 };
 
 template <typename T, class S, int kC>
@@ -274,25 +278,27 @@ template <typename T, class S, int kC>
 Status run(const Lattice& map, const Choice& choice, const BasisArguments& a, cudaStream_t stream) {
   using L = Layout<S, kC>;
   if (!fits<S>(map, choice, L::kBytes) || a.groups != 1 || a.x.channels % kBox != 0 ||
-      a.g.channels != kC || !a.aligned) {
+      a.g.channels % kC != 0 || !a.aligned) {
     return kUnknownPlan;
   }
-  const Parameters p = {map, a.packed, a.partial, a.scales, squares_of(map), a.x.channels, a.rank, a.splits,
-                        a.atomic};
+  const Parameters p = {map,          a.packed,     a.partial, a.scales, squares_of(map),
+                        a.x.channels, a.g.channels, a.rank,    a.splits, a.atomic};
   CUtensorMap x, g;
   Status status = encode_halos<T, S>(&x, map, a.x.data, a.x.strides, p.in);
   if (status.good()) {
-    status = encode_units<T, S>(&g, map, a.g.data, a.g.strides, kC);
+    status = encode_units<T, S>(&g, map, a.g.data, a.g.strides, p.out);
   }
   if (!status.good()) return status;
-  const int64_t blocks = static_cast<int64_t>(p.in / kBox) * packs_of(p.rank) * p.splits;
+  const int64_t blocks = int64_t{p.out / kC} * (p.in / kBox) * packs_of(p.rank) * p.splits;
   return launch<basis_gradient_sm90_kernel<T, S, kC>>(blocks, kThreads, L::kBytes, stream, x,
                                                       g, p);
 }
 
 }  // namespace
 
-int basis_gradient_sm90_pieces(int in_channels) { return in_channels / kBox; }
+int basis_gradient_sm90_pieces(const Choice& choice, int in_channels, int out_channels) {
+  return in_channels / kBox * (out_channels / (16 * choice.out_tiles));
+}
 
 Status basis_gradient_sm90(Number number, const Lattice& map, const Choice& choice, const BasisArguments& a,
                            cudaStream_t stream) {

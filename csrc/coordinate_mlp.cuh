@@ -95,12 +95,13 @@ __device__ void evaluate(const MlpArguments& p, int k, Kept& kept) {
     const T* bias = static_cast<const T*>(p.bias[n]);
     const float* inputs = kept.value(n);
     const bool linear = p.linear_output && n == p.layers - 1;
+    const float scale = window(n);
     for (int o = lane; o < p.widths[n + 1]; o += 32) {
       float h = ptx::to_float(bias[o]);
       for (int i = 0; i < p.widths[n]; ++i) {
         h += ptx::to_float(weight[o * p.widths[n] + i]) * inputs[i];
       }
-      kept.keep(p, n + 1, o, h, linear, window(n));
+      kept.keep(p, n + 1, o, h, linear, scale);
     }
     __syncwarp();
   }

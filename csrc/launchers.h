@@ -77,9 +77,9 @@ Status prepare_from_mlp(Number number, const Lattice& map, const PrepareArgument
 
 // The same as wgmma's right operands (ptx::core_descriptor), for the kernels of squares.cuh, which take `pack`
 // functions at a time: bands [packs, steps, 2, pack, 16 t, 8], a patch's rows `patch_width` wide, and
-// coefficients [in / 16, packs * pack, 2, out, 8]; zeros for the functions beyond the last.
-Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int pack,
-                     int steps, int patch_width, cudaStream_t stream);
+// coefficients [out / outputs, in / 16, packs * pack, 2, outputs, 8]; zeros for the functions beyond the last.
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& arguments, int outputs,
+                     int pack, int steps, int patch_width, cudaStream_t stream);
 
 // Sizes of a block that the planner chose (hyperconv_ext/backends/cuda/tiles.py).
 struct Choice {
@@ -105,7 +105,7 @@ struct ConvArguments {
 };
 Status basis_conv(Number number, const Lattice& map, const Choice& choice,
                   const ConvArguments& arguments, cudaStream_t stream);
-// The same on what `prepare_cores` has written.
+// The same on what `prepare_cores` has written, a block's output channels together.
 Status basis_conv_sm90(Number number, const Lattice& map, const Choice& choice,
                        const ConvArguments& arguments, cudaStream_t stream);
 
@@ -135,8 +135,9 @@ struct BasisArguments {
 int basis_gradient_pieces(const Lattice& map);
 Status basis_gradient(Number number, const Lattice& map, const Choice& choice,
                       const BasisArguments& arguments, cudaStream_t stream);
-// The same on what `prepare_cores` has written; the pieces are blocks of input channels.
-int basis_gradient_sm90_pieces(int in_channels);
+// The same on what `prepare_cores` has written, 64 of x's channels together; the pieces are blocks of input and
+// of output channels.
+int basis_gradient_sm90_pieces(const Choice& choice, int in_channels, int out_channels);
 Status basis_gradient_sm90(Number number, const Lattice& map, const Choice& choice,
                            const BasisArguments& arguments, cudaStream_t stream);
 

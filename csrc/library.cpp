@@ -132,7 +132,9 @@ Planned parse_plan(const Tensor& plan) {
                      &choice.shared_bytes, &choice.patch_width}) {
     *field = *next++;
   }
-  STD_TORCH_CHECK(choice.ranks > 0, "plan: expected basis functions at a time, got ", choice.ranks);
+  STD_TORCH_CHECK(choice.out_tiles > 0 && choice.ranks > 0,
+                  "plan: expected output tiles and basis functions at a time, got ", choice.out_tiles, " and ",
+                  choice.ranks);
   return planned;
 }
 
@@ -229,7 +231,8 @@ void add_bands(PrepareArguments& p, const Lattice& map, const Tensor& basis,
   p.bands = workspace.take("bands", static_cast<int64_t>(map.bands()) * p.rank * map.chunks());
 }
 
-// Those of the kernels by wgmma.
+// Those of the kernels by wgmma, whose gradients take so many of A's outputs together.
+constexpr int kCoreOutputs = 64;
 void add_core_bands(PrepareArguments& p, const Lattice& map, const Choice& choice, const Tensor& basis,
                     Workspace& workspace) {
   add_basis(p, map, basis);
@@ -238,9 +241,10 @@ void add_core_bands(PrepareArguments& p, const Lattice& map, const Choice& choic
 }
 
 void check_prepare_cores(Number number, const Lattice& map, const Choice& choice, const PrepareArguments& p,
-                         cudaStream_t stream) {
-  DeviceScope::check(prepare_cores(number, map, p, choice.ranks, choice.slice, choice.patch_width, stream),
-                     "prepare_cores");
+                         int outputs, cudaStream_t stream) {
+  DeviceScope::check(
+      prepare_cores(number, map, p, outputs, choice.ranks, choice.slice, choice.patch_width, stream),
+      "prepare_cores");
 }
 
 MlpArguments mlp_arguments(const Tensor& coordinates, const std::vector<Tensor>& weights,
@@ -329,7 +333,7 @@ void convolve(const Tensor& source, const Tensor& coefficients, const Tensor& ba
   a.aligned = aligned;
   const DeviceScope scope(source);
   if (cores) {
-    check_prepare_cores(number, map, choice, p, scope.stream());
+    check_prepare_cores(number, map, choice, p, 16 * choice.out_tiles, scope.stream());
     DeviceScope::check(basis_conv_sm90(number, map, choice, a, scope.stream()), "basis_conv_sm90");
     return;
   }
@@ -407,7 +411,7 @@ void basis_conv_bwd_coeff(Tensor grad, Tensor input, Tensor basis, Tensor partia
   a.partial = static_cast<float*>(partial.data_ptr());
   const DeviceScope scope(input);
   if (cores) {
-    check_prepare_cores(number, map, choice, p, scope.stream());
+    check_prepare_cores(number, map, choice, p, kCoreOutputs, scope.stream());
     DeviceScope::check(coefficient_gradient_sm90(number, map, choice, a, scope.stream()),
                        "coefficient_gradient_sm90");
     return;
@@ -441,7 +445,8 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   }
   expect("coefficients", "channels in", a.x.channels, p.out_channels);
   expect("coefficients", "channels out", a.g.channels, p.in_channels);
-  expect("partial", "pieces", cores ? basis_gradient_sm90_pieces(a.x.channels) : basis_gradient_pieces(map),
+  expect("partial", "pieces",
+         cores ? basis_gradient_sm90_pieces(choice, a.x.channels, a.g.channels) : basis_gradient_pieces(map),
          pieces);
   expect_room("partial", partial, (atomic ? 1 : splits * pieces) * p.rank * map.taps());
   a.packed = p.packed;
@@ -453,7 +458,7 @@ void basis_conv_bwd_basis(Tensor grad, Tensor input, Tensor coefficients,
   a.aligned = aligned;
   const DeviceScope scope(input);
   if (cores) {
-    check_prepare_cores(number, map, choice, p, scope.stream());
+    check_prepare_cores(number, map, choice, p, kCoreOutputs, scope.stream());
     DeviceScope::check(basis_gradient_sm90(number, map, choice, a, scope.stream()), "basis_gradient_sm90");
     return;
   }
@@ -496,7 +501,7 @@ void basis_conv_bwd(Tensor grad, Tensor input, Tensor coefficients, Tensor basis
   expect_room("partial", partial, (atomic ? 1 : splits) * coefficients.numel());
   a.partial = static_cast<float*>(partial.data_ptr());
   const DeviceScope scope(input);
-  check_prepare_cores(number, map, choice, p, scope.stream());
+  check_prepare_cores(number, map, choice, p, kCoreOutputs, scope.stream());
   DeviceScope::check(joint_gradient_sm90(number, map, choice, a, scope.stream()), "joint_gradient_sm90");
 }
 

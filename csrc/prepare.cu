@@ -247,9 +247,9 @@ Status launch_prepare(const Lattice& map, const PrepareArguments& p, const MlpAr
                                       tap_blocks, band_lanes, coefficient_lanes);
 }
 
-// Sizes of the operands in cores. `ranks`: functions of all packs, the last ones zero.
+// Sizes of the operands in cores. `ranks`: functions of all packs, the last ones zero; `outputs`: together.
 struct Cores {
-  int pack, ranks, steps, patch_width;
+  int pack, ranks, steps, patch_width, outputs;
 };
 
 // The eight numbers of row `index` of the bands [packs, steps, 2, pack, 16 t]; a warp's are of one function.
@@ -285,15 +285,15 @@ __device__ void write_band_row(const Lattice& map, const PrepareArguments& p, co
   static_cast<Row*>(p.bands)[at] = row;
 }
 
-// That of the coefficients [in / 16, ranks, 2, out].
+// That of the coefficients [out / outputs, in / 16, ranks, 2, outputs].
 template <class N>
 __device__ void write_coefficient_row(const Lattice& map, const PrepareArguments& p, const Cores& cores,
                                       int64_t index) {
   using Element = typename N::Element;
-  const int out = index % p.out_channels;
-  const int half = index / p.out_channels % 2;
-  const int64_t block = index / p.out_channels / 2;
-  const int rank = block % cores.ranks, in = static_cast<int>(block / cores.ranks) * 16 + half * 8;
+  const int half = index / cores.outputs % 2, blocks = p.in_channels / 16;
+  const int64_t item = index / cores.outputs / 2, block = item / cores.ranks;
+  const int rank = item % cores.ranks, in = static_cast<int>(block % blocks) * 16 + half * 8;
+  const int out = static_cast<int>(block / blocks) * cores.outputs + index % cores.outputs;
   const Element* source =
       static_cast<const Element*>(p.coefficients) + rank * p.stride_rank + out * p.stride_out;
   float factor = 1.0f;
@@ -330,7 +330,7 @@ __global__ __launch_bounds__(kThreads) void prepare_cores_kernel(
 template <class N>
 Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const Cores& cores,
                             cudaStream_t stream) {
-  if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % 16 != 0) return kUnknownPlan;
+  if (p.groups != 1 || p.in_channels % 16 != 0 || p.out_channels % cores.outputs != 0) return kUnknownPlan;
   const int64_t band_rows = p.bands ? static_cast<int64_t>(cores.steps) * 2 * cores.ranks * 16 : 0;
   const int64_t coefficient_rows =
       static_cast<int64_t>(p.in_channels / 16) * cores.ranks * 2 * p.out_channels;
@@ -341,9 +341,9 @@ Status launch_prepare_cores(const Lattice& map, const PrepareArguments& p, const
 
 }  // namespace
 
-Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& p, int pack, int steps,
-                     int patch_width, cudaStream_t stream) {
-  const Cores cores = {pack, ceil_div(p.rank, pack) * pack, steps, patch_width};
+Status prepare_cores(Number number, const Lattice& map, const PrepareArguments& p, int outputs, int pack,
+                     int steps, int patch_width, cudaStream_t stream) {
+  const Cores cores = {pack, ceil_div(p.rank, pack) * pack, steps, patch_width, outputs};
   if (number == Number::kHalf) return launch_prepare_cores<Half<__half>>(map, p, cores, stream);
   if (number == Number::kBfloat16) return launch_prepare_cores<Half<__nv_bfloat16>>(map, p, cores, stream);
   return kUnknownPlan;

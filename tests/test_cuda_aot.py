@@ -24,7 +24,10 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc; put it on 
 @pytest.mark.parametrize(
     ("architecture", "sources"),
     sampled(
-        [("90a", "basis_conv_sm90.cu"), *((name, cubin.EVERY) for name in cubin.ARCHITECTURES)],
+        [
+            ("90a", "coefficient_gradient_sm90.cu"),
+            *((name, cubin.EVERY) for name in cubin.ARCHITECTURES),
+        ],
         lambda row: row[1] != cubin.EVERY,
     ),
 )

@@ -152,9 +152,12 @@ def test_costs_are_measured_in_turn_and_at_their_peak(load: Load) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
-def test_large_kernels_measures_trains_and_draws(load: Load, tmp_path: Path) -> None:
+def test_large_kernels_measures_trains_and_draws(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = load("large_kernels")
+    monkeypatch.setitem(large.BATCH_SIZES, "lesions", 2)
+    monkeypatch.setitem(large.SIDES, "lesions", 16)
     files = large.main([*tiny(tmp_path), "--tasks", "lesions", "--kernels", "3", "7"])
     assert [path.name for path in files] == ["summary.md", "lesions.png", "lesions.svg"]
     measured, *trained = rows(tmp_path)

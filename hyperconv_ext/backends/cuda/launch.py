@@ -58,7 +58,7 @@ def _fixed_of(plan: Plan) -> _Fixed:
         bands, rank = tile.slice, -(-rank // kernel.ranks) * kernel.ranks
     if gathers:
         bands = 0
-        pieces = wgmma.basis_pieces(problem) if tile.patch_width else basis_pieces(map)
+        pieces = wgmma.basis_pieces(problem, tile) if tile.patch_width else basis_pieces(map)
     count, atomic = (wgmma if tile.patch_width else tiles).shares(problem, tile)
     sums = problem.wanted or problem.op in ("basis_conv_bwd_coeff", "basis_conv_bwd_basis")
     scales = -(-4 * problem.rank // (2 * _TILE)) * _TILE if sums and problem.dtype == "float16" else 0

@@ -16,7 +16,7 @@ from .tiles import Family, Kernel, Tile, channels
 CAPABILITY = 90
 RANKS = 5  # functions of a pack
 PACKS = 2  # of a convolution; of a gradient, any number
-CHANNELS = (64, 128)  # in, and as many out, of a convolution; out, of the gradient of phi
+CHANNELS = (64, 128)  # of a block: out; in, where it is all of them
 _SIDE = 8  # outputs along both axes of a square
 _UNITS = 4  # of a square
 _GROUPS = 2  # warpgroups that multiply
@@ -96,29 +96,26 @@ def _ranks_fit(problem: Problem) -> tuple[bool, str]:
 
 def _kernel_fits(problem: Problem) -> tuple[bool, str]:
     largest, size = SHAPES[-1].largest, problem.geometry.kernel_size
-    where = ""
-    if problem.op == "basis_conv_bwd_basis" and problem.out_channels > _BOX:
-        largest, where = SHAPES[-2].largest, f" with {problem.out_channels} channels out"
-    return max(size) <= largest, f"it takes kernels up to {largest} along an axis{where}, not {size}"
+    return max(size) <= largest, f"it takes kernels up to {largest} along an axis, not {size}"
 
 
 def _channels_fit(problem: Problem) -> tuple[bool, str]:
     size_i, size_o = channels(problem)
-    counts = " or ".join(map(str, CHANNELS))
-    if problem.op == "basis_conv_bwd_basis":
-        fits = size_i % _BOX == 0 and size_o in CHANNELS
-        why = f"it takes multiples of {_BOX} channels in and {counts} out, not {size_i} and {size_o}"
-        return fits, why
     if problem.wanted:
         fits = size_i == size_o == _BOX
         return fits, f"it takes {_BOX} channels in and out together, not {size_i} and {size_o}"
-    if problem.op == "basis_conv_bwd_coeff":
-        fits = size_i % _BOX == size_o % _BOX == 0
-        return fits, f"it takes multiples of {_BOX} channels in and out, not {size_i} and {size_o}"
-    return (
-        size_i == size_o and size_i in CHANNELS,
-        f"it takes {counts} channels in and as many out, not {size_i} and {size_o}",
-    )
+    fits = size_i % _BOX == size_o % _BOX == 0
+    return fits, f"it takes multiples of {_BOX} channels in and out, not {size_i} and {size_o}"
+
+
+def _together(size_o: int) -> int:
+    """Output channels of a block."""
+    return max(count for count in CHANNELS if size_o % count == 0)
+
+
+def _gathered(problem: Problem, shape: Shape) -> int:
+    """The same of the gradient of phi; at the largest kernels there is no room for as many."""
+    return _BOX if shape is SHAPES[-1] else _together(problem.out_channels)
 
 
 def _squares(problem: Problem) -> int:
@@ -134,7 +131,7 @@ def _packs(problem: Problem) -> int:
 
 
 def _multiplied(shape: Shape, size: int, rank: int) -> int:
-    """Functions that a convolution multiplies: those of full packs, or one less."""
+    """Functions that a convolution multiplies: those of full packs, or one less; `size`: a block's."""
     if rank <= RANKS or rank > 2 * RANKS - 1 or (shape.largest, size) == (11, 128):
         return -(-rank // RANKS) * RANKS
     return 2 * RANKS - 1
@@ -153,22 +150,25 @@ class _Layout(NamedTuple):
     shared_bytes: int
 
 
-def _layout(shape: Shape, size: int, packs: int) -> _Layout:
+def _layout(shape: Shape, size_i: int, size: int, packs: int) -> _Layout:
+    """Of blocks of `size` outputs; only where there are as many inputs, can all of A be there."""
     stages = 1 if shape.halo_bytes > _LARGE_HALO else 2
     items, item, limit = size // 16 * packs, _item_bytes(size), _SHARED - _ALIGNMENT - _BARRIERS
     used = _GROUPS * stages * shape.halo_bytes + packs * shape.band_bytes
     staged = _GROUPS * _SIDE**2 * size * 2
     if (limit - used - staged) // item >= 2:  # else y is staged in the halos
         used += staged
-    resident = (limit - used) // item >= items
+    resident = size_i == size and (limit - used) // item >= items
     ring = 1 if resident else min((limit - used) // item, 3)
     used += (items if resident else ring) * item
     barriers = 8 * (1 + 2 * _GROUPS * stages + 2 * ring)
     return _Layout(stages, resident, used + barriers + _ALIGNMENT)
 
 
-def _convolution(shape: Shape, size: int, packs: int) -> Tile:
-    layout = _layout(shape, size, packs)
+def _convolution(problem: Problem, shape: Shape) -> Tile:
+    size_i, size_o = channels(problem)
+    size = _together(size_o)
+    layout = _layout(shape, size_i, size, _packs(problem))
     return _tile("basis_conv_sm90", size, shape, layout.stages, layout.shared_bytes)
 
 
@@ -180,7 +180,7 @@ def _coefficients(shape: Shape) -> Tile:
 
 
 def _basis(shape: Shape, size: int) -> Tile:
-    """`Layout` in csrc/basis_gradient_sm90.cu, of `size` output channels."""
+    """`Layout` in csrc/basis_gradient_sm90.cu, of blocks of `size` output channels."""
     weights, part, stage = RANKS * size * _BOX * 2, _PART * _part_bytes(), _stage_bytes(shape, size)
     room = _SHARED - _ALIGNMENT - 64 - weights - _GROUPS * part
     stages = 2 if room // (_GROUPS * stage) >= 2 else 1
@@ -233,8 +233,8 @@ def tile_of(problem: Problem, shape: Shape) -> Tile:
     if problem.op == "basis_conv_bwd_coeff":
         return _coefficients(shape)
     if problem.op == "basis_conv_bwd_basis":
-        return _basis(shape, problem.out_channels)
-    return _convolution(shape, channels(problem)[0], _packs(problem))
+        return _basis(shape, _gathered(problem, shape))
+    return _convolution(problem, shape)
 
 
 def choose(problem: Problem) -> tuple[Tile, float]:
@@ -251,14 +251,14 @@ def shares(problem: Problem, tile: Tile) -> tuple[int, bool]:
     if tile.kernel.family == "joint_gradient_sm90":
         return coefficient_shares(problem, 1, _squares(problem), alone=True)
     if tile.kernel.family == "basis_gradient_sm90":
-        pieces, rounds = basis_pieces(problem), -(-_squares(problem) // _GROUPS)
+        pieces, rounds = basis_pieces(problem, tile), -(-_squares(problem) // _GROUPS)
         return basis_shares(problem, pieces * _packs(problem), rounds, pieces, alone=True)
     return coefficient_shares(problem, _programs(problem), _squares(problem), alone=True)
 
 
-def basis_pieces(problem: Problem) -> int:
-    """Blocks of input channels, which the gradient of phi sums apart."""
-    return problem.in_channels // _BOX
+def basis_pieces(problem: Problem, tile: Tile) -> int:
+    """Blocks of input and of output channels, which the gradient of phi sums apart."""
+    return problem.in_channels // _BOX * (problem.out_channels // tile.kernel.outputs)
 
 
 def of_basis(problem: Problem) -> Problem:
@@ -288,25 +288,26 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
 
 
 def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
-    size, steps, packs = channels(problem)[0], shape.steps, _packs(problem)
-    blocks_i, ranks = size // 16, _multiplied(shape, size, problem.rank)
+    (size_i, size_o), steps, packs = channels(problem), shape.steps, _packs(problem)
+    size = _together(size_o)
+    blocks_i, slices, ranks = size_i // 16, size_o // size, _multiplied(shape, size, problem.rank)
     squares = _squares(problem)
-    blocks = min(problem.device.processors, -(-squares // _GROUPS))
+    blocks = min(max(problem.device.processors // slices, 1), -(-squares // _GROUPS))  # of a slice
     busiest = _GROUPS * -(-squares // (_GROUPS * blocks))  # squares of a block
     products = blocks_i * 16 * _ROWS * ranks * (steps * 16 + size)
     packed = blocks_i * packs * _item_bytes(size)
-    streamed = 0 if _layout(shape, size, packs).resident else packed // _GROUPS
-    halo = prod(shape.halo) * 2 * size
+    streamed = 0 if _layout(shape, size_i, size, packs).resident else packed // _GROUPS
+    halo = prod(shape.halo) * 2 * size_i
     out = _SIDE**2 * size * 2
     # Patches by ldmatrix, and the right operands; what the copy engine writes and reads.
     read = blocks_i * 32 * (steps * _ROWS + ranks * (steps * 16 + size))
-    before, dram, after = cost.around(problem, packs * shape.band_bytes, packed, 1, False)
+    before, dram, after = cost.around(problem, packs * shape.band_bytes, packed * slices, 1, False)
     main = Work(
         number="half",
         library=True,  # wgmma's rate
-        multiply_adds=products * squares,
+        multiply_adds=products * squares * slices,
         dram=dram,
-        blocks=blocks,
+        blocks=blocks * slices,
         warps=4 * _GROUPS,
         products=products * busiest,
         shared=busiest * (read + halo + streamed + 2 * out),
@@ -369,9 +370,9 @@ def _joint_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
 
 
 def _basis_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
-    size, columns, squares = problem.out_channels, 16 * RANKS, _squares(problem)
+    size, columns, squares = tile.kernel.outputs, 16 * RANKS, _squares(problem)
     count, atomic = shares(problem, tile)
-    pieces, packs = basis_pieces(problem), _packs(problem)
+    pieces, packs = basis_pieces(problem, tile), _packs(problem)
     busiest = _GROUPS * -(-squares // (_GROUPS * count))
     rows = _ROWS * -(-shape.steps // 4)  # positions of the patch
     products = _ROWS * _BOX * RANKS * size + _UNITS * rows * _BOX * columns
@@ -379,7 +380,7 @@ def _basis_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
     gathered = 2 * (_BOX // _PART * _ROWS * size + RANKS * size * _BOX) + _BOX * _part_bytes()
     read = gathered + _UNITS * 2 * _BOX * rows // _ROWS * (_ROWS + columns)
     stage = _stage_bytes(shape, size)
-    packed = size // 16 * packs * _item_bytes(problem.in_channels)
+    packed = problem.out_channels // 16 * packs * _item_bytes(problem.in_channels)
     before, dram, after = cost.around(problem, 0, packed, count * pieces, atomic)
     main = Work(
         number="half",
