@@ -7,6 +7,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINE := hyperconv_ext/_cpu.abi3.so
+NO_ENGINES := HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 # made once, in the tree that all environments share
 
 .PHONY: setup test sweep oldest oldest-quick models environments bench experiments wheel lint docs docs-check aot gpu gpu-quick clean
 .NOTPARALLEL: # what is needed is made from left to right: the environment, in it the engine
@@ -44,8 +45,7 @@ OLDEST_QUICK := $(addprefix tests/test_,autograd.py hypernet.py modules.py funct
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q $(OLDEST_REQUIREMENTS)
-	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 \
-		$(OLDEST)/bin/python -m pip install -q -e ".[triton,test]" $(OLDEST_REQUIREMENTS)
+	$(NO_ENGINES) $(OLDEST)/bin/python -m pip install -q -e ".[triton,test]" $(OLDEST_REQUIREMENTS)
 	touch $@
 
 oldest oldest-quick: BIN := $(OLDEST)/bin
@@ -62,7 +62,7 @@ MODELS_TORCH ?= torch==2.14.1 torchvision==0.29.1
 $(MODELS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(MODELS)
 	$(MODELS)/bin/python -m pip install -q $(MODELS_TORCH)
-	HYPERCONV_BUILD_CUDA=0 HYPERCONV_BUILD_CPU=0 $(MODELS)/bin/python -m pip install -q -e ".[models]"
+	$(NO_ENGINES) $(MODELS)/bin/python -m pip install -q -e ".[models]"
 	touch $@
 
 # The two environments beside the first, for who wants them made while other work goes on.

@@ -284,12 +284,12 @@ def works(problem: Problem, tile: Tile) -> list[Work]:
         return _coefficient_works(problem, tile, shape)
     if problem.op == "basis_conv_bwd_basis":
         return _basis_works(problem, tile, shape)
-    return _convolution_works(problem, shape)
+    return _convolution_works(problem, tile, shape)
 
 
-def _convolution_works(problem: Problem, shape: Shape) -> list[Work]:
-    (size_i, size_o), steps, packs = channels(problem), shape.steps, _packs(problem)
-    size = _together(size_o)
+def _convolution_works(problem: Problem, tile: Tile, shape: Shape) -> list[Work]:
+    (size_i, size_o), size = channels(problem), tile.kernel.outputs
+    steps, packs = shape.steps, _packs(problem)
     blocks_i, slices, ranks = size_i // 16, size_o // size, _multiplied(shape, size, problem.rank)
     squares = _squares(problem)
     blocks = min(max(problem.device.processors // slices, 1), -(-squares // _GROUPS))  # of a slice
